@@ -1,6 +1,7 @@
 """ForwardBatch: one step's complete input to the model, as arrays. The model reads nothing else.
 
-Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, M blocks a sequence (most).
+Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, M blocks a sequence
+(most).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from puna.quant import Array
 class ForwardBatch:
     """Tokens of all sequences of a step, packed one after the other; all arrays int32.
 
-    The tokens of sequence s are rows query_start_S1[s] to query_start_S1[s + 1]; they are the last of
-    its seq_lens_S[s] tokens of context. Block 0 of the KV cache is never read.
+    The tokens of sequence s are rows query_start_S1[s] to query_start_S1[s + 1]; they are the last
+    of its seq_lens_S[s] tokens of context. Block 0 of the KV cache is never read.
     """
 
     token_ids_T: Array

@@ -1,4 +1,5 @@
-"""The errors that a user can cause. Each message is one line: what was found, what was needed, what to do.
+"""The errors that a user can cause. Each message is one line: what was found, what was needed, what
+to do.
 
 Everything else that goes wrong is a bug in puna and surfaces as an ordinary exception.
 """

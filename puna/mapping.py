@@ -21,6 +21,7 @@ class Mapping:
     (8, 1, 2)
     >>> m.layers(10)
     range(5, 8)
+
     """
 
     rank: int = 0
@@ -74,5 +75,6 @@ def check_parallel(spec: ModelSpec, tp_size: int, pp_size: int) -> None:
         )
     if pp_size > spec.num_layers:
         raise ConfigError(
-            f"{spec.num_layers} layers cannot be split over pp {pp_size}: use pp {spec.num_layers} or fewer"
+            f"{spec.num_layers} layers cannot be split over pp {pp_size}: "
+            f"use pp {spec.num_layers} or fewer"
         )

@@ -21,6 +21,7 @@ class RopeSpec:
 
     `original_max_position_embeddings` is the length the model was first trained for; the three
     scalings that need it (dynamic, llama3, yarn) always have it, the others leave it 0.
+
     """
 
     theta: float = 10000.0
@@ -39,7 +40,8 @@ class RopeSpec:
     def __post_init__(self) -> None:
         if self.type not in get_args(RopeType):
             raise CheckpointError(
-                f"RoPE scaling {self.type!r} is not supported; puna has {', '.join(get_args(RopeType))}"
+                f"RoPE scaling {self.type!r} is not supported; puna has "
+                f"{', '.join(get_args(RopeType))}"
             )
         if not (math.isfinite(self.theta) and self.theta > 0):
             raise CheckpointError(f"rope_theta is {self.theta}; it must be a positive number")
@@ -64,6 +66,7 @@ class ModelSpec:
 
     Every layer is: RMSNorm, attention (q, k, v, o), RMSNorm, gated SiLU MLP (gate, up, down).
     `attention_bias` puts a bias on q, k, v and o; `mlp_bias` on gate, up and down.
+
     """
 
     hidden_size: int
@@ -96,7 +99,8 @@ class ModelSpec:
                 raise CheckpointError(f"{name} is {value!r}; it must be a positive whole number")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}; RoPE needs an even number")
@@ -128,6 +132,7 @@ class GenerationDefaults:
     """What the checkpoint says about sampling (generation_config.json); None where it says nothing.
 
     `eos_token_ids` end a sequence. `temperature` None or 0 means greedy.
+
     """
 
     eos_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,401 @@
+"""build: stream a checkpoint into an engine directory.
+
+Load a few rows, shard, quantise, pack, write; then digest, and rename the finished directory to its
+name. Peak memory is a few chunks a worker, whatever the model's size. What is built was decided by
+`puna.plan`; this file decides only how it reaches the disk, and that a build that dies leaves
+nothing under the engine's name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Event, Lock
+from typing import Protocol
+
+from puna.checkpoint import Checkpoint
+from puna.engine import (
+    CONFIG_FILE,
+    TOKENIZER_DIR,
+    DummyRecipe,
+    EngineConfig,
+    Provenance,
+    RankFile,
+    RankWeight,
+    rank_file,
+    rank_file_name,
+    rank_weights,
+    read_config,
+)
+from puna.errors import CheckpointError, ConfigError, EngineError
+from puna.manifest import CHUNK_BYTES, MANIFEST_FILE, read_manifest, write_manifest
+from puna.memory import available_bytes, human_bytes
+from puna.plan import BuildConfig, CheckpointFacts, plan
+from puna.shard import CHUNK_WEIGHTS, rank_rows
+from puna.weights import checkpoint_weights
+
+# Chunk as loaded, as float32, scaled, and packed: about 28 bytes a weight at the peak, measured
+# with int8 in groups (x86-64, 2026-11).
+BYTES_A_CHUNK_WEIGHT = 28
+# Files beside the rank files: config, manifest and tokenizer stay well below this.
+SMALL_FILES_BYTES = 64 * 2**20
+
+
+class Progress(Protocol):
+    """Told how many bytes of `total` have been written and digested."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished engine: where it lies and what it is."""
+
+    path: Path
+    config: EngineConfig
+
+
+def puna_version() -> str:
+    try:
+        return version("puna")
+    except PackageNotFoundError:
+        return "source tree"
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError naming every missing, unexpected and misshapen tensor at once."""
+    expected = {weight.name: weight.shape for weight in checkpoint_weights(checkpoint.spec)}
+    found = checkpoint.names()
+    shapes = {name: checkpoint.shape(name) for name in sorted(found & expected.keys())}
+    wrong = [
+        f"{name} is {list(shape)} instead of {list(expected[name])}"
+        for name, shape in shapes.items()
+        if shape != expected[name]
+    ]
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (
+            ("missing", sorted(expected.keys() - found)),
+            ("unexpected", sorted(found - expected.keys())),
+            ("wrong shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.source} does not fit its config: {'; '.join(problems)}: "
+            "get the checkpoint again, or mend its config"
+        )
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint, config: BuildConfig, materialize: bool = False
+) -> EngineConfig:
+    """Plan an engine of a checkpoint. Reads headers only; source digests are added by `build`."""
+    check_tensors(checkpoint)
+    matrices = [weight.name for weight in checkpoint_weights(checkpoint.spec) if weight.is_matrix]
+    seed = getattr(checkpoint, "seed", None)
+    is_recipe = checkpoint.kind == "dummy" and not materialize
+    facts = CheckpointFacts(
+        spec=checkpoint.spec,
+        formats={name: checkpoint.format(name) for name in matrices},
+        generation=checkpoint.generation,
+        provenance=Provenance(
+            checkpoint.source, checkpoint.kind, {}, puna_version(), checkpoint.notes()
+        ),
+        dummy=DummyRecipe(seed) if is_recipe and seed is not None else None,
+    )
+    return plan(facts, config)
+
+
+def build(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    config: BuildConfig | None = None,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    materialize: bool = False,
+    tokenizer: dict[str, bytes] | None = None,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Build an engine of `checkpoint` at `out`.
+
+    `workers` threads share the tensors of all ranks (default: the CPUs of this machine). `force`
+    replaces an engine at `out`, and nothing else. `materialize` writes dummy weights out instead of
+    their recipe. `tokenizer` gives the files of the engine's tokenizer in place of the
+    checkpoint's. Raises PunaError for what the user can mend; whatever happens, `out` is a whole
+    engine or what it was before.
+    """
+    out = Path(os.path.abspath(out))
+    planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
+    _check_output(out, force)
+    workers = workers or _num_cpus()
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; it must be at least 1")
+    files = checkpoint.tokenizer_files() if tokenizer is None else tokenizer
+    _check_room(out, planned, workers)
+    sources = _existing(checkpoint)
+    with _workspace(out) as folder:
+        bar = _Bar(planned, sources, progress)
+        planned = _write(folder, planned, checkpoint, sources, files, workers, bar)
+        _finish(folder, out)
+    return BuildResult(out, planned)
+
+
+def _write(
+    folder: Path,
+    planned: EngineConfig,
+    checkpoint: Checkpoint,
+    sources: list[Path],
+    tokenizer: dict[str, bytes],
+    workers: int,
+    bar: _Bar,
+) -> EngineConfig:
+    """Fill `folder` with a whole engine; returns the config with the digests of its sources."""
+    placeholder = "0" * 64
+    if planned.dummy is None:
+        layouts = [rank_file(planned, rank, placeholder) for rank in range(planned.world_size)]
+        _write_ranks(folder, planned, layouts, checkpoint, workers, bar)
+    digests = _digest_sources(sources, workers, bar)
+    planned = replace(planned, provenance=replace(planned.provenance, digests=digests))
+    (folder / CONFIG_FILE).write_bytes(planned.to_bytes())
+    for rank in range(planned.world_size if planned.dummy is None else 0):
+        # Only the digest in the header differs from the placeholder's, so nothing moves.
+        header = rank_file(planned, rank, planned.digest()).header
+        with (folder / rank_file_name(rank)).open("r+b") as file:
+            file.write(header)
+    if tokenizer:
+        (folder / TOKENIZER_DIR).mkdir()
+        for name, data in tokenizer.items():
+            (folder / TOKENIZER_DIR / name).write_bytes(data)
+    write_manifest(folder, workers, bar.add)
+    return planned
+
+
+def _write_ranks(
+    folder: Path,
+    planned: EngineConfig,
+    layouts: list[RankFile],
+    checkpoint: Checkpoint,
+    workers: int,
+    bar: _Bar,
+) -> None:
+    stop = Event()
+    descriptors: list[int] = []
+    try:
+        for rank, layout in enumerate(layouts):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptors.append(os.open(folder / rank_file_name(rank), flags, 0o644))
+            os.truncate(descriptors[-1], layout.num_bytes)
+
+        def write(rank: int, weight: RankWeight) -> None:
+            layout, descriptor = layouts[rank], descriptors[rank]
+            for first, arrays in rank_rows(weight, checkpoint):
+                if stop.is_set():
+                    return
+                for name, rows in arrays.items():
+                    stored = layout.arrays[name]
+                    row_bytes = stored.num_bytes // stored.shape[0]
+                    assert rows.dtype == stored.dtype and rows[0].nbytes == row_bytes, name
+                    _write_at(descriptor, rows.tobytes(), stored.offset + first * row_bytes)
+                    bar.add(rows.nbytes)
+
+        with ThreadPoolExecutor(workers) as pool:
+            tasks = [
+                pool.submit(write, rank, weight)
+                for rank in range(len(layouts))
+                for weight in rank_weights(planned, rank)
+            ]
+            try:
+                wait(tasks, return_when=FIRST_EXCEPTION)
+                for task in tasks:
+                    if task.done():
+                        task.result()
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+class _Bar:
+    """Bytes to do (written once, digested once, sources digested once) and done."""
+
+    def __init__(
+        self, planned: EngineConfig, sources: list[Path], progress: Progress | None
+    ) -> None:
+        stored = 0 if planned.dummy else sum(memory.weights for memory in planned.memory)
+        self.total = 2 * stored + sum(path.stat().st_size for path in sources)
+        self.done = 0
+        self._progress = progress
+        self._lock = Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.done = min(self.done + num_bytes, self.total)
+            if self._progress:
+                self._progress(self.done, self.total)
+
+
+def _existing(checkpoint: Checkpoint) -> list[Path]:
+    return [path for path in checkpoint.files() if path.is_file()]
+
+
+def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, str]:
+    """SHA-256 of each source file by name, several files at once."""
+
+    def digest(path: Path) -> str:
+        hasher = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES // 4):
+                hasher.update(chunk)
+                bar.add(len(chunk))
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(workers) as pool:
+        return {
+            path.name: value for path, value in zip(sources, pool.map(digest, sources), strict=True)
+        }
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_room(out: Path, planned: EngineConfig, workers: int) -> None:
+    """Refuse before the work starts when disk or RAM cannot hold it."""
+    parent = next(path for path in out.parents if path.exists())
+    stored = 0 if planned.dummy else sum(memory.weights for memory in planned.memory)
+    needed, free = stored + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
+    if needed > free:
+        raise ConfigError(
+            f"{parent} has {human_bytes(free)} free, the engine needs {human_bytes(needed)}: free "
+            "some, or build elsewhere with -o"
+        )
+    needed, available = workers * CHUNK_WEIGHTS * BYTES_A_CHUNK_WEIGHT, available_bytes()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"{human_bytes(available)} of RAM are free, {workers} workers need "
+            f"{human_bytes(needed)}: lower --workers, or close other programs"
+        )
+
+
+def _check_output(out: Path, force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ConfigError(f"{out} exists already: choose another -o, or replace it with --force")
+    try:
+        if out.is_symlink():
+            raise EngineError("it is a link")
+        read_manifest(out)
+        read_config(out)
+    except EngineError as error:
+        # An engine that a newer or older puna wrote is an engine all the same.
+        if not _looks_like_engine(out):
+            raise ConfigError(
+                f"{out} is not a puna engine, and --force replaces nothing else ({error}): "
+                "remove it yourself, or choose another -o"
+            ) from error
+
+
+def _looks_like_engine(out: Path) -> bool:
+    names = {MANIFEST_FILE, CONFIG_FILE}
+    return not out.is_symlink() and out.is_dir() and all((out / name).is_file() for name in names)
+
+
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is removed unless it was renamed, and by the next build at the
+    latest: a lock on the folder tells which builds are still alive."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f"{out.name}.tmp-*"):
+            _remove_if_dead(stale)
+        folder, lock = _locked_folder(out)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written: {error.strerror}: choose another -o"
+        ) from error
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    while True:
+        folder = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # Another build took it for a dead one before it was locked.
+
+
+def _remove_if_dead(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        return  # Another build is writing it now.
+    finally:
+        os.close(lock)
+
+
+def _finish(folder: Path, out: Path) -> None:
+    """Make everything durable, then give the folder its name, atomically."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if not os.path.lexists(out):
+        folder.rename(out)
+    elif not _exchange(folder, out):
+        # Between the two renames there is no engine: the price where names cannot be exchanged.
+        old = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
+        out.rename(old)
+        folder.rename(out)
+        shutil.rmtree(old)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names atomically (Linux's renameat2); False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_fdcwd, rename_exchange = -100, 2
+    if renameat2 is None:
+        return False
+    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0

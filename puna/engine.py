@@ -1,0 +1,356 @@
+"""The engine directory: the waist between build and runtime, which share nothing else.
+
+`EngineConfig` is `config.json`; from it and the weight table follows the schema of every rank's
+file, to the byte. This file decides the format (docs/engine-format.md describes it) and knows
+neither how weights were obtained nor what runs them. Digests are in `puna.manifest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puna.errors import EngineError, PunaError
+from puna.layout import ArraySpec, array_specs, check_layout
+from puna.mapping import Mapping
+from puna.quant import DTYPES, Format
+from puna.spec import GenerationDefaults, ModelSpec, exact_keys
+from puna.weights import EngineWeight, Extent, engine_weights, extent, on_rank, split
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+TOKENIZER_DIR = "tokenizer"
+# Every array starts at a multiple of this many bytes of its file, so that a memory map can be read
+# with aligned vector loads.
+ALIGNMENT = 64
+
+_SAFETENSORS_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": DTYPES["bfloat16"],
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What sessions of this engine are laid out for.
+
+    `max_num_tokens` is the token budget of a step; `num_blocks` KV blocks of `block_size` tokens
+    include block 0, which is never used.
+
+    """
+
+    max_seq_len: int
+    max_batch_size: int
+    max_num_tokens: int
+    block_size: int
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise EngineError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.max_num_tokens < self.max_batch_size:
+            raise EngineError(
+                f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size "
+                f"({self.max_batch_size}): a step must have room for one token a sequence"
+            )
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank needs: its file mapped, its KV cache, and everything else it
+    allocates."""
+
+    weights: int
+    kv_cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.workspace
+
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Number format and layout of one engine tensor."""
+
+    format: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class DummyRecipe:
+    """How a dummy engine's weights are generated instead of stored."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the engine came from: source, SHA-256 of its files, and what the reader had to
+    decide."""
+
+    source: str
+    kind: str
+    digests: dict[str, str]
+    puna_version: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All that a session must know; `config.json` is exactly this.
+
+    `weights` names every tensor that some rank stores. `ffn_multiple` and `vocab_multiple` are what
+    a rank's part of the ffn and of the vocabulary is padded to. `resolved` keeps each option's
+    value and why it was chosen.
+    """
+
+    format_version: int
+    spec: ModelSpec
+    target: str
+    tp_size: int
+    pp_size: int
+    dtype: str
+    quant: str
+    kv_dtype: str
+    ffn_multiple: int
+    vocab_multiple: int
+    limits: Limits
+    weights: dict[str, StoredWeight]
+    memory: tuple[RankMemory, ...]
+    resolved: dict[str, tuple[Any, str]]
+    generation: GenerationDefaults
+    dummy: DummyRecipe | None
+    provenance: Provenance
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
+    def mapping(self, rank: int) -> Mapping:
+        return Mapping(rank, self.tp_size, self.pp_size)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "generation": self.generation.to_json(),
+            "memory": [memory.to_json() for memory in self.memory],
+            "resolved": {key: list(value) for key, value in self.resolved.items()},
+        }
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes of config.json."""
+        return canonical_json(self.to_json())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path) -> EngineConfig:
+        """Read config.json strictly: EngineError for another version, unknown or missing keys."""
+        try:
+            found = json.loads(data)
+            version = found.get("format_version") if isinstance(found, dict) else None
+            if version != FORMAT_VERSION:
+                raise EngineError(
+                    f"{path}: engine format {version!r} found, this puna reads format "
+                    f"{FORMAT_VERSION}: rebuild the engine with puna build"
+                )
+            config = cls._from_json(exact_keys(cls, found))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EngineError(f"{path}: {error}: rebuild the engine with puna build") from error
+        if not config.weights.keys() >= {"embed.weight"}:
+            raise EngineError(f"{path}: no weights are declared: rebuild the engine")
+        for weight in config.weights.values():
+            Format.parse(weight.format)
+            check_layout(weight.layout)
+        return config
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> EngineConfig:
+        memory = []
+        for rank in data["memory"]:
+            fields = {key: value for key, value in rank.items() if key != "total"}
+            memory.append(RankMemory(**exact_keys(RankMemory, fields)))
+            if memory[-1].total != rank["total"]:
+                raise ValueError("memory: total is not the sum of its parts")
+        provenance = exact_keys(Provenance, data["provenance"])
+        provenance = Provenance(**{**provenance, "notes": tuple(provenance["notes"])})
+        return cls(
+            **{
+                **data,
+                "spec": ModelSpec.from_json(data["spec"]),
+                "limits": Limits(**exact_keys(Limits, data["limits"])),
+                "weights": {
+                    name: StoredWeight(**exact_keys(StoredWeight, weight))
+                    for name, weight in data["weights"].items()
+                },
+                "memory": tuple(memory),
+                "resolved": {k: (value, why) for k, (value, why) in data["resolved"].items()},
+                "generation": GenerationDefaults.from_json(data["generation"]),
+                "dummy": data["dummy"] and DummyRecipe(**exact_keys(DummyRecipe, data["dummy"])),
+                "provenance": provenance,
+            }
+        )
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def canonical_json(data: Any) -> bytes:
+    """One spelling for one value: sorted keys, two spaces, a newline at the end."""
+    return (json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class RankWeight:
+    """One engine tensor as a rank holds it: padded size, and where each part's rows come from."""
+
+    weight: EngineWeight
+    format: Format
+    layout: str
+    rows: tuple[Extent, ...]  # one a part, stacked in this order
+    cols: Extent
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows.size for rows in self.rows)
+
+    @property
+    def num_cols(self) -> int:
+        return self.cols.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.num_rows, self.num_cols) if self.weight.is_matrix else (self.num_rows,)
+
+    def array_specs(self) -> dict[str, ArraySpec]:
+        """Stored arrays by full name. Vectors are one float32 array."""
+        if not self.weight.is_matrix:
+            return {self.name: (np.dtype(np.float32), self.shape)}
+        specs = array_specs(self.format, self.num_rows, self.num_cols)
+        return {f"{self.name}.{suffix}": spec for suffix, spec in specs.items()}
+
+
+def rank_weights(config: EngineConfig, rank: int) -> list[RankWeight]:
+    """The schema of one rank: its tensors in the order of execution, which is also file order."""
+    return list(_rank_weights(config, rank))
+
+
+def _rank_weights(config: EngineConfig, rank: int) -> Iterator[RankWeight]:
+    spec, mapping = config.spec, config.mapping(rank)
+    multiples = {"ffn": config.ffn_multiple, "vocab": config.vocab_multiple}
+
+    def held(axis: Any, size: int) -> Extent:
+        return extent(axis, size, spec, mapping, multiples.get(axis, 1))
+
+    for fused in on_rank(engine_weights(spec), spec, mapping):
+        for weight in (fused,) if fused.name in config.weights else split(fused):
+            stored = config.weights.get(weight.name)
+            if stored is None:
+                raise EngineError(
+                    f"config.json declares no weight {weight.name}: rebuild the engine"
+                )
+            rows = tuple(held(part.axes[0], part.shape[0]) for part in weight.parts)
+            first = weight.parts[0]
+            cols = held(first.axes[1], first.shape[1]) if weight.is_matrix else Extent(0, 1, 1)
+            yield RankWeight(weight, Format.parse(stored.format), stored.layout, rows, cols)
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank{rank}.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Where one array lies in a rank's file, in bytes from its start."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """The exact bytes of a rank's file but for the arrays: header and offsets."""
+
+    header: bytes
+    arrays: dict[str, StoredArray]
+    num_bytes: int
+
+
+def rank_file(config: EngineConfig, rank: int, config_digest: str) -> RankFile:
+    """Lay out a rank's safetensors file. Pure: the digest has a fixed length, so sizes never
+    change.
+
+    Gaps before aligned arrays are declared as U8 tensors named `_pad.N`, since safetensors allows
+    none.
+
+    """
+    entries: dict[str, Any] = {
+        "__metadata__": {
+            "config_digest": config_digest,
+            "format_version": str(config.format_version),
+            "rank": str(rank),
+        }
+    }
+    names = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+    relative: dict[str, StoredArray] = {}
+    end = 0
+    for weight in rank_weights(config, rank):
+        for name, (dtype, shape) in weight.array_specs().items():
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            if start > end:
+                pad = {"dtype": "U8", "shape": [start - end], "data_offsets": [end, start]}
+                entries[f"_pad.{len(entries)}"] = pad
+            relative[name] = array = StoredArray(dtype, shape, start)
+            end = start + array.num_bytes
+            offsets = [start, end]
+            entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": offsets}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + 8) % ALIGNMENT)
+    base = 8 + len(header)
+    arrays = {
+        name: StoredArray(array.dtype, array.shape, base + array.offset)
+        for name, array in relative.items()
+    }
+    return RankFile(len(header).to_bytes(8, "little") + header, arrays, base + end)
+
+
+def read_config(engine_dir: Path) -> EngineConfig:
+    """Read and check config.json; EngineError says what is wrong and what to do."""
+    path = engine_dir / CONFIG_FILE
+    if not engine_dir.is_dir():
+        raise EngineError(f"{engine_dir} is not a directory: build an engine with puna build")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise EngineError(
+            f"{engine_dir} has no {CONFIG_FILE}, so it is not an engine: build one with puna build"
+        ) from None
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return EngineConfig.from_bytes(data, path)
+    except EngineError:
+        raise
+    except PunaError as error:
+        raise EngineError(f"{path}: {error}: rebuild the engine") from error

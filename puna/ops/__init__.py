@@ -1,0 +1,143 @@
+"""Ops: the one seam between the model and what computes it.
+
+The model (`puna.models`) is written once against this protocol. Each method appends one operation
+to the program being recorded; nothing is computed until the program runs, and then the model is no
+longer in the way: the reference replays a list of calls, other backends a list of kernels or a CUDA
+graph.
+
+A layer is four operations: `qkv`, `attention`, `gate_up`, `down`. What flows between them is a
+`Stream`: the residual, and a partial sum that has not yet been added to it. The first thing that a
+consumer does (qkv, gate_up, head) is residual += sum of partial over tensor-parallel ranks, so that
+a backend can fuse the reduction with the norm that follows.
+
+Contract of every operation: the order of summation for a row depends on neither the batch, nor the
+position in it, nor the thread count; attention splits its context at fixed lengths. A token's
+result is then the same to the bit in any company.
+
+Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, D hidden, H query heads
+on this rank, K KV heads on this rank, E head_dim, Q = H * E, F ffn on this rank, V vocab on this
+rank, N KV blocks, P block size, M blocks a sequence (most).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from puna.batch import ForwardBatch
+from puna.quant import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Hidden state between operations: residual_TD, and partial_TD still to be added. float32."""
+
+    residual_TD: Array
+    partial_TD: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm: float32 weight_D and epsilon."""
+
+    weight_D: Array
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W^T + b. `weights` are W's rows in order, in one part or several of different formats.
+
+    Each part is whatever the backend made of a stored tensor when it was loaded; the model only
+    passes it on.
+
+    """
+
+    weights: tuple[Any, ...]
+    bias_N: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """cos_PE and sin_PE, float32 [max_seq_len, E / 2]: row p for position p, half-split pairs."""
+
+    cos_PE: Array
+    sin_PE: Array
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's paged keys and values [N, P, K, E]; slot s is (s // P, s % P)."""
+
+    keys_NPKE: Array
+    values_NPKE: Array
+
+
+class Program(Protocol):
+    """Recorded operations over fixed arrays."""
+
+    def run(self) -> None:
+        """Execute every operation, reading the arrays' contents as they are now."""
+        ...
+
+
+class Ops(Protocol):
+    """One backend. Operations may only be called inside `record`; they write to the arrays
+    given."""
+
+    def load_matrix(self, arrays: dict[str, Array], format_name: str, out_NK: Array) -> Any:
+        """Make a stored matrix usable: `arrays` as in the engine, `out_NK` its workspace."""
+        ...
+
+    def record(self, emit: Callable[[], None]) -> Program:
+        """Run `emit`, which calls operations, and return what they recorded."""
+        ...
+
+    def embed(self, token_ids_T: Array, table: Linear, x: Stream) -> None:
+        """residual = 0; partial[t] = row token_ids[t] of the table."""
+        ...
+
+    def qkv(
+        self,
+        x: Stream,
+        norm: Norm,
+        linear: Linear,
+        rope: RopeTable,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        q_TQ: Array,
+    ) -> None:
+        """Reduce into the residual, norm, project to q, k, v; rotate q and k by their positions;
+        store k and v (rounded to the cache's dtype) at slots_T; write q."""
+        ...
+
+    def attention(
+        self,
+        q_TQ: Array,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        out: Linear,
+        x: Stream,
+    ) -> None:
+        """Causal softmax(q k^T / sqrt(E)) v over each token's context, read from the cache through
+        the block table; query head h reads KV head h // (H / K). partial = result projected by
+        `out`."""
+        ...
+
+    def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Array) -> None:
+        """Reduce into the residual, norm, project to gate and up; act = silu(gate) * up."""
+        ...
+
+    def down(self, act_TF: Array, linear: Linear, x: Stream) -> None:
+        """partial = act projected by `linear`."""
+        ...
+
+    def head(self, x: Stream, rows_L: Array, norm: Norm, linear: Linear, logits_LV: Array) -> None:
+        """Reduce, norm and project rows_L of the stream to logits. Leaves the stream as it is, so
+        that it may be called for other rows of the same step."""
+        ...
+
+    def copy_blocks(self, kv_cache: Array, copies_C2: Array) -> None:
+        """Copy KV blocks (source, destination) of every layer, at once rather than recorded."""
+        ...

@@ -1,0 +1,176 @@
+"""Sampling: from logits to one token a row. The NumPy reference; every other sampler must agree.
+
+Order: penalties, temperature, top-k, top-p, min-p, draw. Every row is computed alone, and its draw
+is keyed by (seed, stream, position, token), so neither the batch nor the order of arrival changes it.
+Knows rows and arrays only, no sequences.
+
+Shape suffixes: L rows, V vocabulary, C pairs of (row, token the row's sequence already has), K most
+alternatives asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from puna.dummy_values import counter_bits
+from puna.quant import Array
+
+# The nucleus of top-p is sought among this many best tokens before all are sorted.
+_NUCLEUS_GUESS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """What each row of logits is sampled with; neutral values as in SamplingParams.
+
+    `num_logprobs_L` is -1 for rows that want no logprobs. The C pairs exist only for rows with
+    penalties: `seen_counts_C` is how often the sequence generated the token, 0 for a token that only
+    its prompt has.
+
+    """
+
+    temperature_L: Array  # float32; 0 is greedy
+    top_k_L: Array  # int32
+    top_p_L: Array  # float32
+    min_p_L: Array  # float32
+    repetition_L: Array  # float32
+    presence_L: Array  # float32
+    frequency_L: Array  # float32
+    seed_L: Array  # uint64
+    stream_L: Array  # uint32
+    position_L: Array  # uint32, of the token to be sampled
+    num_logprobs_L: Array  # int32
+    seen_rows_C: Array  # int32
+    seen_ids_C: Array  # int32
+    seen_counts_C: Array  # int32
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.temperature_L)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """One token a row. Logprobs are of the raw logits, before penalties and temperature.
+
+    `logprobs_L` is NaN in rows that did not ask. `top_ids_LK` are the most likely tokens, best first;
+    a row that asked for fewer than K has as many as it asked for, then -1.
+
+    """
+
+    token_ids_L: Array  # int32
+    logprobs_L: Array  # float32
+    top_ids_LK: Array  # int32
+    top_logprobs_LK: Array  # float32
+
+
+def sample(logits_LV: Array, batch: SamplingBatch) -> SampleResult:
+    """Choose a token for each row of float32 logits; the logits are not changed."""
+    assert logits_LV.shape[0] == batch.num_rows, f"{logits_LV.shape} for {batch.num_rows} rows"
+    chosen_LV = logits_LV
+    if len(batch.seen_rows_C):
+        chosen_LV = logits_LV.copy()
+        _apply_penalties(chosen_LV, batch)
+    token_ids_L = chosen_LV.argmax(axis=1).astype(np.int32)  # ties: the lowest id
+    for row in np.flatnonzero(batch.temperature_L):
+        token_ids_L[row] = _draw(
+            chosen_LV[row],
+            temperature=float(batch.temperature_L[row]),
+            top_k=int(batch.top_k_L[row]),
+            top_p=float(batch.top_p_L[row]),
+            min_p=float(batch.min_p_L[row]),
+            key=(int(batch.seed_L[row]), int(batch.stream_L[row]), int(batch.position_L[row])),
+        )
+    return _with_logprobs(token_ids_L, logits_LV, batch.num_logprobs_L)
+
+
+def _apply_penalties(logits_LV: Array, batch: SamplingBatch) -> None:
+    """Repetition over prompt and generated tokens; presence and frequency over generated ones."""
+    rows, ids, counts = batch.seen_rows_C, batch.seen_ids_C, batch.seen_counts_C
+    x = logits_LV[rows, ids]
+    repetition = batch.repetition_L[rows]
+    x = np.where(x > 0, x / repetition, x * repetition)
+    x -= batch.frequency_L[rows] * counts
+    x -= batch.presence_L[rows] * (counts > 0)
+    logits_LV[rows, ids] = x
+
+
+def _draw(
+    logits_V: Array,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    key: tuple[int, int, int],
+) -> int:
+    """Draw from the filtered distribution of one row by the Gumbel-max trick."""
+    # Relative to the best, in float64: any positive temperature is safe.
+    with np.errstate(over="ignore"):
+        z_V = (logits_V.astype(np.float64) - float(logits_V.max())) / temperature
+    ids = np.flatnonzero(z_V > -np.inf)
+    if 0 < top_k < len(ids):
+        # Tokens that tie with the k-th stay: which of them goes must not be a matter of sorting.
+        ids = ids[z_V[ids] >= np.partition(z_V[ids], -top_k)[-top_k]]
+    if top_p < 1:
+        ids = _nucleus(z_V, ids, top_p)
+    if min_p > 0:
+        ids = ids[z_V[ids] >= np.log(min_p)]
+    if len(ids) == 1:
+        return int(ids[0])
+    return int(ids[np.argmax(z_V[ids] + gumbel(*key, ids))])
+
+
+def _nucleus(z_V: Array, ids: Array, top_p: float) -> Array:
+    """Return the fewest best tokens whose probabilities reach `top_p`, at least one, by id."""
+    total = np.exp(z_V[ids]).sum()
+    best = ids
+    if len(ids) > _NUCLEUS_GUESS:
+        best = ids[z_V[ids] >= np.partition(z_V[ids], -_NUCLEUS_GUESS)[-_NUCLEUS_GUESS]]
+        if np.exp(z_V[best]).sum() < top_p * total:
+            best = ids
+    best = best[np.argsort(-z_V[best], kind="stable")]
+    reached = np.cumsum(np.exp(z_V[best])) >= top_p * total
+    size = int(reached.argmax()) + 1 if reached.any() else len(best)
+    return np.sort(best[:size])
+
+
+def gumbel(seed: int, stream: int, position: int, token_ids: Array) -> Array:
+    """Return standard Gumbel noise that depends on the arguments alone.
+
+    Two 32-bit keys are drawn from (seed, stream, position), then 32 bits for each token from them.
+
+    """
+    counter = np.uint64(2) * np.uint64((stream << 32) | position)
+    pair = np.array([counter, counter + np.uint64(1)], np.uint64)
+    key0, key1 = counter_bits(seed & 0xFFFFFFFF, seed >> 32, pair).tolist()
+    bits = counter_bits(key0, key1, token_ids.astype(np.uint64))
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-32  # never 0 or 1
+    return -np.log(-np.log(uniform))
+
+
+def log_softmax(logits_LV: Array) -> Array:
+    """Log-probabilities of each row, float32; the sum is taken in float64."""
+    shifted = logits_LV - logits_LV.max(axis=1, keepdims=True)
+    total = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
+    return (shifted - np.log(total)).astype(np.float32)
+
+
+def _with_logprobs(token_ids_L: Array, logits_LV: Array, num_logprobs_L: Array) -> SampleResult:
+    num_rows, vocab_size = logits_LV.shape
+    num_top = min(max(0, int(num_logprobs_L.max(initial=0))), vocab_size)
+    logprobs_L = np.full(num_rows, np.nan, np.float32)
+    top_ids_LK = np.full((num_rows, num_top), -1, np.int32)
+    top_logprobs_LK = np.full((num_rows, num_top), np.nan, np.float32)
+    for row in np.flatnonzero(num_logprobs_L >= 0):
+        logprobs_V = log_softmax(logits_LV[row : row + 1])[0]
+        logprobs_L[row] = logprobs_V[token_ids_L[row]]
+        k = min(int(num_logprobs_L[row]), vocab_size)
+        if k:
+            kth = np.partition(logprobs_V, -k)[-k]
+            top = np.flatnonzero(logprobs_V >= kth)
+            top = top[np.argsort(-logprobs_V[top], kind="stable")][:k]
+            top_ids_LK[row, :k] = top
+            top_logprobs_LK[row, :k] = logprobs_V[top]
+    return SampleResult(token_ids_L, logprobs_L, top_ids_LK, top_logprobs_LK)

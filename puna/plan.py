@@ -1,0 +1,266 @@
+"""plan: every choice that makes an engine, resolved with its reason. Pure: reads no weights, needs
+no GPU.
+
+Input: the facts of the checkpoint and the user's `BuildConfig`; output: the `EngineConfig` that
+will be config.json, memory plan included. This file decides formats, padding, limits and defaults;
+it does not know how weights are read or written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from puna.engine import (
+    FORMAT_VERSION,
+    DummyRecipe,
+    EngineConfig,
+    Limits,
+    Provenance,
+    StoredWeight,
+)
+from puna.errors import ConfigError
+from puna.mapping import check_parallel
+from puna.memory import rank_memory
+from puna.quant import DTYPES, Format
+from puna.spec import GenerationDefaults, ModelSpec
+from puna.weights import EngineWeight, engine_weights, split
+
+Quant = Literal["auto", "none", "int8", "int4"]
+Resolved = dict[str, tuple[Any, str]]
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_NUM_TOKENS = 512
+DEFAULT_INT4_GROUP = 128
+BLOCK_SIZE = 16
+# KV cache by default: one long sequence, and this many tokens for each of the others.
+LONG_SEQUENCE = 32768
+TOKENS_A_SEQUENCE = 1024
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """The user's choices; None and "auto" are resolved by `plan`, each with a reason."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    quant: Quant = "auto"
+    group_size: int | None = None
+    kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
+    tp_size: int = 1
+    pp_size: int = 1
+    target: str = "auto"
+    max_seq_len: int | None = None
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(f"dtype {self.dtype!r}: use one of auto, {', '.join(DTYPES)}")
+        if self.quant not in get_args(Quant):
+            raise ConfigError(f"quant {self.quant!r}: use one of {', '.join(get_args(Quant))}")
+        for name in ("max_seq_len", "max_batch_size", "max_num_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not 0 < value < 2**31):
+                raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.group_size is not None:
+            if self.quant not in ("int8", "int4"):
+                raise ConfigError(
+                    f"group_size {self.group_size} needs --quant int8 or int4, found {self.quant}"
+                )
+            if self.group_size < 0 or self.group_size % 16:
+                raise ConfigError(
+                    f"group_size is {self.group_size}; use a multiple of 16, or 0 for one group "
+                    "per output channel"
+                )
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What `plan` knows of a checkpoint: no weights, only their formats."""
+
+    spec: ModelSpec
+    formats: MappingABC[str, Format]  # by canonical name, matrices at least
+    generation: GenerationDefaults
+    provenance: Provenance
+    dummy: DummyRecipe | None = None
+
+
+def plan(facts: CheckpointFacts, config: BuildConfig) -> EngineConfig:
+    """Resolve every choice. Raises ConfigError for what contradicts the model or this version."""
+    spec = facts.spec
+    check_parallel(spec, config.tp_size, config.pp_size)
+    resolved: Resolved = {"target": _target(config)}
+    resolved["dtype"] = _dtype(facts, config)
+    dtype: str = resolved["dtype"][0]
+    weights = _weight_formats(facts, config, dtype)
+    resolved["quant"] = _quant(facts, config, weights)
+    resolved["kv_dtype"] = _kv_dtype(config, dtype)
+    resolved["ffn_multiple"] = _ffn_multiple(config, weights)
+    _check_groups(facts, config)
+    limits = _limits(spec, config, resolved)
+    planned = EngineConfig(
+        format_version=FORMAT_VERSION,
+        spec=spec,
+        target=resolved["target"][0],
+        tp_size=config.tp_size,
+        pp_size=config.pp_size,
+        dtype=dtype,
+        quant=resolved["quant"][0],
+        kv_dtype=resolved["kv_dtype"][0],
+        ffn_multiple=resolved["ffn_multiple"][0],
+        vocab_multiple=1,
+        limits=limits,
+        weights={name: StoredWeight(fmt.name, "rows") for name, fmt in weights.items()},
+        memory=(),
+        resolved=resolved,
+        generation=facts.generation,
+        dummy=facts.dummy,
+        provenance=facts.provenance,
+    )
+    memory = tuple(rank_memory(planned, rank) for rank in range(planned.world_size))
+    return replace(planned, memory=memory)
+
+
+def _target(config: BuildConfig) -> tuple[str, str]:
+    if config.target == "auto":
+        return "cpu", "the only target of this version"
+    if config.target != "cpu":
+        raise ConfigError(
+            f"target {config.target!r} is not built by this version of puna, which has: cpu"
+        )
+    return "cpu", "as asked"
+
+
+def _dtype(facts: CheckpointFacts, config: BuildConfig) -> tuple[str, str]:
+    if config.dtype != "auto":
+        return config.dtype, "as asked"
+    counts = Counter(fmt.dtype for fmt in facts.formats.values() if fmt.is_dense)
+    kept = [fmt for fmt in facts.formats.values() if not fmt.is_dense]
+    if counts and not kept:
+        return counts.most_common(1)[0][0], "what the checkpoint holds"
+    return "float16", "the checkpoint is quantised; float16 is the finest half precision"
+
+
+def _weight_formats(facts: CheckpointFacts, config: BuildConfig, dtype: str) -> dict[str, Format]:
+    """Format of every stored tensor. Fused tensors are split where their parts differ."""
+    chosen: dict[str, Format] = {}
+    for fused in engine_weights(facts.spec):
+        formats = {part.name: _part_format(part.name, facts, config, dtype) for part in fused.parts}
+        if not fused.is_matrix:
+            chosen[fused.name] = Format.dense("float32")
+        elif len(set(formats.values())) == 1:
+            chosen[fused.name] = next(iter(formats.values()))
+        else:
+            chosen.update({weight.name: formats[weight.name] for weight in split(fused)})
+    return chosen
+
+
+def _part_format(name: str, facts: CheckpointFacts, config: BuildConfig, dtype: str) -> Format:
+    if config.quant == "none":
+        return Format.dense(dtype)
+    if config.quant == "auto":
+        found = facts.formats.get(name, Format.dense(dtype))
+        return Format.dense(dtype) if found.is_dense else found
+    group_size = config.group_size
+    if group_size is None:
+        group_size = DEFAULT_INT4_GROUP if config.quant == "int4" else 0
+    # Four bits cost the vocabulary matrices too much accuracy; GGUF files keep them finer as well.
+    is_vocab = name in ("embed.weight", "head.weight")
+    return Format.quantised(8 if is_vocab or config.quant == "int8" else 4, group_size)
+
+
+def _quant(
+    facts: CheckpointFacts, config: BuildConfig, weights: dict[str, Format]
+) -> tuple[str, str]:
+    matrices = [w for fused in engine_weights(facts.spec) for w in (fused, *split(fused))]
+    stored = {w.name: w for w in matrices if w.is_matrix and w.name in weights}
+    counts: Counter[str] = Counter()
+    for name, weight in stored.items():
+        counts[weights[name].name] += _num_weights(weight)
+    total = sum(counts.values())
+    shares = ", ".join(f"{n / total:.0%} {name}" for name, n in counts.most_common())
+    most = Format.parse(counts.most_common(1)[0][0])
+    label = "none" if most.is_dense else most.name
+    if config.quant == "auto":
+        return label, f"what the checkpoint holds: {shares}"
+    return label, f"as asked: {shares}"
+
+
+def _num_weights(weight: EngineWeight) -> int:
+    return sum(math.prod(part.shape) for part in weight.parts)
+
+
+def _kv_dtype(config: BuildConfig, dtype: str) -> tuple[str, str]:
+    if config.kv_dtype != "auto":
+        raise ConfigError(
+            f"kv-dtype {config.kv_dtype} is not available on target cpu in this version: use auto"
+        )
+    return dtype, "the same as dtype"
+
+
+def _ffn_multiple(config: BuildConfig, weights: dict[str, Format]) -> tuple[int, str]:
+    if config.tp_size == 1:
+        return 1, "one rank holds all of the ffn"
+    groups = [fmt.group_size for name, fmt in weights.items() if name.endswith("mlp.down.weight")]
+    multiple = math.lcm(*(group for group in groups if group)) if any(groups) else 1
+    return multiple, "a rank's part of the ffn is whole quantisation groups"
+
+
+def _check_groups(facts: CheckpointFacts, config: BuildConfig) -> None:
+    """Blocks that are kept cannot be cut: a rank's part of o_proj's inputs must be whole groups."""
+    if config.quant != "auto":
+        return
+    part = facts.spec.q_size // config.tp_size
+    for layer in range(facts.spec.num_layers):
+        fmt = facts.formats.get(f"layers.{layer}.attn.o.weight")
+        if fmt and fmt.group_size and part % fmt.group_size:
+            raise ConfigError(
+                f"tp {config.tp_size} cuts the checkpoint's {fmt.name} blocks: a rank has {part} "
+                f"attention columns, not a multiple of {fmt.group_size}: use another --tp, or "
+                "--quant int8, int4 or none"
+            )
+
+
+def _limits(spec: ModelSpec, config: BuildConfig, resolved: Resolved) -> Limits:
+    """Also records each limit in `resolved`."""
+
+    def choose(name: str, asked: int | None, default: int, why: str) -> int:
+        resolved[name] = (asked, "as asked") if asked is not None else (default, why)
+        return resolved[name][0]
+
+    positions = spec.max_position_embeddings
+    max_seq_len = choose(
+        "max_seq_len", config.max_seq_len, positions, "the model's max_position_embeddings"
+    )
+    batch = choose("max_batch_size", config.max_batch_size, DEFAULT_BATCH_SIZE, "default")
+    num_tokens = choose(
+        "max_num_tokens", config.max_num_tokens, max(DEFAULT_NUM_TOKENS, batch), "default"
+    )
+    if num_tokens < batch:
+        raise ConfigError(
+            f"max_num_tokens {num_tokens} is below max_batch_size {batch}: a step must have room "
+            "for one token of each sequence"
+        )
+    tokens = [min(max_seq_len, LONG_SEQUENCE)] + [min(max_seq_len, TOKENS_A_SEQUENCE)] * (batch - 1)
+    num_blocks = 1 + sum(-(-n // BLOCK_SIZE) for n in tokens)
+    resolved["kv_cache_tokens"] = (
+        (num_blocks - 1) * BLOCK_SIZE,
+        f"one sequence of {tokens[0]:,} tokens and {batch - 1} of {min(tokens):,}; change it when "
+        "the engine is run",
+    )
+    return Limits(max_seq_len, batch, num_tokens, BLOCK_SIZE, num_blocks)
+
+
+def warnings(config: EngineConfig) -> list[str]:
+    """One line each on what a user may not expect."""
+    found = list(config.provenance.notes)
+    positions = config.spec.max_position_embeddings
+    if config.limits.max_seq_len > positions:
+        found.append(
+            f"max_seq_len {config.limits.max_seq_len} exceeds the model's {positions} positions; "
+            "text beyond them may be poor"
+        )
+    return found

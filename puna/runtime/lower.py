@@ -1,0 +1,303 @@
+"""Lowering: from the scheduler's integers to the arrays that the model and the sampler read.
+
+Each session has one `Lowering`. It mirrors the sequences from the deltas of the StepPlans, so that a
+plan stays small and a step's arrays are made without a loop over decoding sequences. This is the only
+file that knows both a StepPlan and a ForwardBatch; it knows no device.
+
+Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, M most blocks a sequence,
+R rows of the mirror (one a sequence, in no order), C pairs of (row, token seen).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from puna.batch import ForwardBatch
+from puna.ops.sampling import SampleResult, SamplingBatch
+from puna.quant import Array
+from puna.runtime.request import SamplingParams, TokenLogprob
+from puna.runtime.step import Join, PromptLogits, StepPlan, StepResult
+
+_PARAMS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("repetition", np.float32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("seed", np.uint64),
+        ("stream", np.uint32),
+        ("num_logprobs", np.int32),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class LoweredStep:
+    """One step as arrays: copy blocks, run the model on `batch`, sample `sample_logits`."""
+
+    batch: ForwardBatch
+    sampling: SamplingBatch
+    copies_C2: Array  # int32, (source block, destination block), before the model runs
+    sample_rows: Array | None  # rows of L to sample; None: all of them
+    prompt_rows: tuple[tuple[int, int, slice], ...]  # (seq_id, first position, rows of L)
+    rows: Array = field(repr=False)  # of the mirror, one for each token to be sampled
+
+    def sample_logits(self, logits_LV: Array) -> Array:
+        """Pick the rows that are sampled from all the logits that the step computed."""
+        return logits_LV if self.sample_rows is None else logits_LV[self.sample_rows]
+
+
+class Lowering:
+    """The mirror: for each sequence its counts, last token, block table and sampling parameters."""
+
+    def __init__(self, block_size: int, max_batch_size: int, max_seq_len: int) -> None:
+        self.block_size = block_size
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
+        self._clear()
+
+    def _clear(self) -> None:
+        num_rows = self.max_batch_size
+        max_blocks = -(-self.max_seq_len // self.block_size)
+        self._row_of: dict[int, int] = {}  # by sequence id
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._order = np.zeros(0, np.int64)  # rows in the order in which their sequences joined
+        self._seq_id_R = np.zeros(num_rows, np.int64)
+        self._num_known_R = np.zeros(num_rows, np.int64)
+        self._num_computed_R = np.zeros(num_rows, np.int64)
+        self._num_blocks_R = np.zeros(num_rows, np.int64)
+        self._is_decoding_R = np.zeros(num_rows, bool)
+        self._last_token_R = np.zeros(num_rows, np.int32)
+        self._block_table_RM = np.zeros((num_rows, max_blocks), np.int32)
+        self._params_R = np.zeros(num_rows, _PARAMS)
+        self._known_tokens: dict[int, Array] = {}  # by row, until the sequence has caught up
+        self._prompt_logits: set[int] = set()  # rows
+        # Tokens that sequences with penalties have: by row, token id to times generated.
+        self._seen: dict[int, dict[int, int]] = {}
+
+    def lower(self, plan: StepPlan) -> LoweredStep:
+        """Apply a plan to the mirror and return its step."""
+        if plan.reset:
+            self._clear()
+        if plan.left:
+            self._leave(plan.left)
+        for join in plan.joined:
+            self._join(join)
+        for seq_id, block_ids in plan.new_blocks:
+            self._append_blocks(self._row_of[seq_id], block_ids)
+        return self._lower(plan)
+
+    def record(self, step: LoweredStep, sampled: SampleResult, logits_LV: Array) -> StepResult:
+        """Take the sampled tokens into the mirror and return the step's result.
+
+        `logits_LV` is read only where a sequence wants the logits of its prompt.
+        """
+        self._last_token_R[step.rows] = sampled.token_ids_L
+        token_ids = tuple(sampled.token_ids_L.tolist())
+        if self._seen:
+            for row, token_id in zip(step.rows.tolist(), token_ids, strict=True):
+                if row in self._seen:
+                    seen = self._seen[row]
+                    seen[token_id] = seen.get(token_id, 0) + 1
+        return StepResult(
+            token_ids=token_ids,
+            logprobs=_token_logprobs(sampled, step.sampling.num_logprobs_L),
+            prompt_logits=tuple(
+                # A copy: the session may compute the next step's logits in the same memory.
+                PromptLogits(seq_id, start, np.array(logits_LV[rows], np.float32))
+                for seq_id, start, rows in step.prompt_rows
+            ),
+        )
+
+    def _leave(self, seq_ids: tuple[int, ...]) -> None:
+        for seq_id in seq_ids:
+            row = self._row_of.pop(seq_id)
+            self._free_rows.append(row)
+            self._num_known_R[row] = 0
+            self._block_table_RM[row] = 0
+            self._known_tokens.pop(row, None)
+            self._seen.pop(row, None)
+            self._prompt_logits.discard(row)
+        self._order = self._order[self._num_known_R[self._order] > 0]
+
+    def _join(self, join: Join) -> None:
+        assert join.seq_id not in self._row_of, f"sequence {join.seq_id} joins twice"
+        row = self._free_rows.pop()
+        self._row_of[join.seq_id] = row
+        self._order = np.append(self._order, row)
+        self._seq_id_R[row] = join.seq_id
+        self._num_known_R[row] = len(join.token_ids)
+        self._num_computed_R[row] = join.num_computed
+        self._num_blocks_R[row] = 0
+        self._is_decoding_R[row] = False
+        self._append_blocks(row, join.block_ids)
+        self._params_R[row] = _params_row(join.params, join.seed, join.stream)
+        self._known_tokens[row] = np.array(join.token_ids, np.int32)
+        if join.want_prompt_logits:
+            self._prompt_logits.add(row)
+        if join.params.has_penalties:
+            seen = dict.fromkeys(join.token_ids, 0)
+            for token_id in join.token_ids[join.num_prompt :]:
+                seen[token_id] += 1
+            self._seen[row] = seen
+
+    def _append_blocks(self, row: int, block_ids: tuple[int, ...]) -> None:
+        start = int(self._num_blocks_R[row])
+        self._block_table_RM[row, start : start + len(block_ids)] = block_ids
+        self._num_blocks_R[row] = start + len(block_ids)
+
+    def _lower(self, plan: StepPlan) -> LoweredStep:
+        num_tokens_R = self._is_decoding_R.astype(np.int64)
+        for seq_id, num_tokens in plan.prefills:
+            num_tokens_R[self._row_of[seq_id]] = num_tokens
+        rows_S = self._order[num_tokens_R[self._order] > 0]
+        num_tokens_S = num_tokens_R[rows_S]
+        num_computed_S = self._num_computed_R[rows_S]
+        seq_lens_S = num_computed_S + num_tokens_S
+        query_start_S1 = np.zeros(len(rows_S) + 1, np.int64)
+        np.cumsum(num_tokens_S, out=query_start_S1[1:])
+
+        positions_T = np.arange(query_start_S1[-1]) + np.repeat(
+            num_computed_S - query_start_S1[:-1], num_tokens_S
+        )
+        rows_T = np.repeat(rows_S, num_tokens_S)
+        # Right for decode; rows that prefill are overwritten below.
+        token_ids_T = self._last_token_R[rows_T]
+        prefilling = np.flatnonzero(~self._is_decoding_R[rows_S]).tolist()
+        index_of = {int(rows_S[i]): i for i in prefilling}
+        for row, i in index_of.items():
+            start, stop = query_start_S1[i], query_start_S1[i + 1]
+            known = self._known_tokens[row]
+            token_ids_T[start:stop] = known[num_computed_S[i] : seq_lens_S[i]]
+
+        block_of_T, offset_T = np.divmod(positions_T, self.block_size)
+        slots_T = self._block_table_RM[rows_T, block_of_T] * self.block_size + offset_T
+        num_blocks = -(-int(seq_lens_S.max()) // self.block_size)
+
+        has_caught_up_S = seq_lens_S == self._num_known_R[rows_S]
+        logits_rows_L, sample_rows, prompt_rows = self._logits_rows(
+            query_start_S1, has_caught_up_S, index_of, num_computed_S
+        )
+        batch = ForwardBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T.astype(np.int32),
+            slots_T=slots_T.astype(np.int32),
+            query_start_S1=query_start_S1.astype(np.int32),
+            seq_lens_S=seq_lens_S.astype(np.int32),
+            block_table_SM=self._block_table_RM[rows_S, :num_blocks],
+            logits_rows_L=logits_rows_L.astype(np.int32),
+        )
+        rows = rows_S[has_caught_up_S]
+        step = LoweredStep(
+            batch=batch,
+            sampling=self._sampling(rows, seq_lens_S[has_caught_up_S]),
+            copies_C2=np.array(plan.copies, np.int32).reshape(-1, 2),
+            sample_rows=sample_rows,
+            prompt_rows=prompt_rows,
+            rows=rows,
+        )
+        # The step's effect on the mirror, but for the values of the tokens: see `record`.
+        self._num_computed_R[rows_S] = seq_lens_S
+        self._num_known_R[rows] += 1
+        self._is_decoding_R[rows] = True
+        for row in index_of:
+            if self._is_decoding_R[row]:
+                del self._known_tokens[row]
+        return step
+
+    def _logits_rows(
+        self,
+        query_start_S1: Array,
+        has_caught_up_S: Array,
+        index_of: dict[int, int],
+        num_computed_S: Array,
+    ) -> tuple[Array, Array | None, tuple[tuple[int, int, slice], ...]]:
+        """Rows of T whose logits are wanted, which of them are sampled, which are a prompt's."""
+        last_rows_S = query_start_S1[1:] - 1
+        wanted = [i for row, i in index_of.items() if row in self._prompt_logits]
+        if not wanted:
+            return last_rows_S[has_caught_up_S], None, ()
+        is_wanted_T = np.zeros(query_start_S1[-1], bool)
+        is_wanted_T[last_rows_S[has_caught_up_S]] = True
+        for i in wanted:
+            is_wanted_T[query_start_S1[i] : query_start_S1[i + 1]] = True
+        row_of_T = np.cumsum(is_wanted_T) - 1  # of L, where wanted
+        seq_id_of = {i: int(self._seq_id_R[row]) for row, i in index_of.items()}
+        prompt_rows = tuple(
+            (
+                seq_id_of[i],
+                int(num_computed_S[i]),
+                slice(int(row_of_T[query_start_S1[i]]), int(row_of_T[last_rows_S[i]]) + 1),
+            )
+            for i in wanted
+        )
+        return np.flatnonzero(is_wanted_T), row_of_T[last_rows_S[has_caught_up_S]], prompt_rows
+
+    def _sampling(self, rows: Array, positions: Array) -> SamplingBatch:
+        params = self._params_R[rows]
+        seen_rows: list[int] = []
+        seen_ids: list[int] = []
+        seen_counts: list[int] = []
+        if self._seen:
+            for i, row in enumerate(rows.tolist()):
+                if seen := self._seen.get(row):
+                    seen_rows += [i] * len(seen)
+                    seen_ids += seen.keys()
+                    seen_counts += seen.values()
+        return SamplingBatch(
+            temperature_L=params["temperature"],
+            top_k_L=params["top_k"],
+            top_p_L=params["top_p"],
+            min_p_L=params["min_p"],
+            repetition_L=params["repetition"],
+            presence_L=params["presence"],
+            frequency_L=params["frequency"],
+            seed_L=params["seed"],
+            stream_L=params["stream"],
+            position_L=positions.astype(np.uint32),
+            num_logprobs_L=params["num_logprobs"],
+            seen_rows_C=np.array(seen_rows, np.int32),
+            seen_ids_C=np.array(seen_ids, np.int32),
+            seen_counts_C=np.array(seen_counts, np.int32),
+        )
+
+
+def _params_row(params: SamplingParams, seed: int, stream: int) -> tuple:
+    return (
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        seed,
+        stream,
+        -1 if params.logprobs is None else params.logprobs,
+    )
+
+
+def _token_logprobs(
+    sampled: SampleResult, num_logprobs_L: Array
+) -> tuple[TokenLogprob | None, ...]:
+    if not (num_logprobs_L >= 0).any():
+        return ()
+    found: list[TokenLogprob | None] = []
+    for row, num_top in enumerate(num_logprobs_L.tolist()):
+        if num_top < 0:
+            found.append(None)
+            continue
+        found.append(
+            TokenLogprob(
+                token_id=int(sampled.token_ids_L[row]),
+                logprob=float(sampled.logprobs_L[row]),
+                top_token_ids=tuple(sampled.top_ids_LK[row, :num_top].tolist()),
+                top_logprobs=tuple(sampled.top_logprobs_LK[row, :num_top].tolist()),
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,329 @@
+"""Scheduler: which tokens of which sequences the next step computes, and in which blocks.
+
+There are no phases. Every sequence knows some tokens and has computed some of them; a step lets the
+computed tokens catch up. Prefill, chunked prefill, decode, and resuming after preemption are this one
+loop. Decides order, budget and memory; knows no arrays, no text, and no model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import count
+
+from puna.errors import ConfigError, RequestError
+from puna.runtime.block_pool import NULL_BLOCK, BlockPool
+from puna.runtime.request import Request, Sequence, SequenceEvent, TokenLogprob
+from puna.runtime.step import Join, StepPlan, StepResult
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences. Call `plan` and `commit` in turn.
+
+    A step computes at most `max_num_tokens` tokens of at most `max_batch_size` sequences, and at
+    most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only decode
+    can run out of blocks; then the sequence that joined last is preempted: it gives up its blocks and
+    waits, first in line, to compute its tokens again.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_seq_len: int,
+        vocab_size: int,
+        max_chunk: int | None = None,
+    ) -> None:
+        if min(max_batch_size, max_num_tokens) < 1 or max_num_tokens < max_batch_size:
+            raise ConfigError(
+                f"max_num_tokens is {max_num_tokens} and max_batch_size {max_batch_size}; a step "
+                "must have room for one token of each sequence"
+            )
+        if max_chunk is not None and max_chunk < 1:
+            raise ConfigError(f"max_chunk is {max_chunk}; it must be at least 1")
+        self.pool = pool
+        self.max_batch_size = max_batch_size
+        self.max_num_tokens = max_num_tokens
+        self.max_seq_len = max_seq_len
+        self.vocab_size = vocab_size
+        self.max_chunk = max_chunk or max_num_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order in which they joined
+        self.num_preemptions = 0
+        self._left: list[int] = []  # since the last plan
+        self._reset = False
+        self._seq_ids = count()
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; RequestError if it could never be served."""
+        request.max_new_tokens = self._room(request)
+        params = request.params
+        leader, *others = (Sequence(next(self._seq_ids), request, i) for i in range(params.n))
+        leader.followers = others
+        request.sequences = [leader, *others]
+        self.waiting.append(leader)
+
+    def _room(self, request: Request) -> int:
+        """Return how many new tokens the request gets, or raise."""
+        num_prompt = len(request.prompt_token_ids)
+        if not num_prompt:
+            raise RequestError("the prompt is empty; it needs at least one token")
+        if num_prompt > self.max_seq_len:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens; the engine takes at most {self.max_seq_len}"
+            )
+        if (
+            not 0
+            <= min(request.prompt_token_ids)
+            <= max(request.prompt_token_ids)
+            < self.vocab_size
+        ):
+            bad = next(t for t in request.prompt_token_ids if not 0 <= t < self.vocab_size)
+            raise RequestError(
+                f"the prompt has token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}"
+            )
+        wanted, capacity = (
+            request.params.max_new_tokens,
+            self.pool.num_usable * self.pool.block_size,
+        )
+        room = 0
+        if not request.want_prompt_logits:
+            room = self.max_seq_len - num_prompt
+            if not room:
+                raise RequestError(
+                    f"the prompt has {num_prompt} tokens and max_seq_len is {self.max_seq_len}, "
+                    "which leaves no room for a new token; shorten the prompt"
+                )
+            # The last new token is never computed, so it needs no place in the KV cache.
+            room = min(room, max(1, capacity + 1 - num_prompt) if wanted is None else wanted)
+        if num_prompt + max(room - 1, 0) > capacity:
+            raise RequestError(
+                f"{num_prompt} prompt tokens and {room} new ones do not fit the KV cache of "
+                f"{capacity} tokens; ask for fewer tokens or give the KV cache more memory"
+            )
+        return room
+
+    def abort(self, seq: Sequence) -> None:
+        """End a sequence that the caller no longer wants; between steps only."""
+        if seq.status == "finished":
+            return
+        leader = seq.request.sequences[0]
+        if seq in leader.followers:
+            leader.followers.remove(seq)
+        elif seq.status == "waiting":
+            self.waiting.remove(seq)
+        else:
+            self.running.remove(seq)
+            self._release(seq)
+        seq.status, seq.finish_reason = "finished", "abort"
+        self._start_followers(seq)
+
+    def reset(self) -> None:
+        """End everything, prefix cache included: a step broke off, so nothing can be trusted."""
+        pool = self.pool
+        self.pool = BlockPool(pool.num_blocks, pool.block_size, pool.prefix_cache)
+        for seq in (*self.waiting, *self.running):
+            for ended in (seq, *seq.followers):
+                ended.status, ended.finish_reason = "finished", "abort"
+                ended.block_ids, ended.followers = [], []
+        self.waiting.clear()
+        self.running.clear()
+        self._left.clear()
+        self._reset = True
+
+    def plan(self) -> StepPlan | None:
+        """Return the next step, or None if there is nothing to compute."""
+        if self.is_idle:
+            return None
+        num_preemptions = self.num_preemptions
+        new_blocks = self._grow()
+        decoding = sum(seq.is_decoding for seq in self.running)
+        budget = self.max_num_tokens - decoding
+
+        prefills: list[tuple[int, int]] = []
+        if decoding < len(self.running):
+            for seq in self.running:
+                if not seq.is_decoding and budget:
+                    num_tokens = self._chunk(seq, budget)
+                    prefills.append((seq.id, num_tokens))
+                    budget -= num_tokens
+
+        joined: list[Join] = []
+        copies: list[tuple[int, int]] = []
+        # After a preemption, blocks are for those that still run.
+        may_join = num_preemptions == self.num_preemptions
+        # Each running sequence may still grow by a block before a new one makes anybody give way.
+        reserve = sum(map(self._can_grow, self.running)) if self.waiting else 0
+        while may_join and budget and self.waiting and len(self.running) < self.max_batch_size:
+            seq = self.waiting[0]
+            if not self._place(seq, copies, reserve):
+                break
+            reserve += self._can_grow(seq)
+            self.waiting.popleft()
+            self.running.append(seq)
+            seq.status = "running"
+            joined.append(_join(seq))
+            num_tokens = self._chunk(seq, budget)
+            prefills.append((seq.id, num_tokens))
+            budget -= num_tokens
+
+        assert prefills or decoding, "a step without tokens"
+        plan = StepPlan(
+            reset=self._reset,
+            left=tuple(self._left),
+            joined=tuple(joined),
+            new_blocks=tuple(new_blocks),
+            prefills=tuple(prefills),
+            copies=tuple(copies),
+        )
+        self._reset = False
+        self._left.clear()
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceEvent]:
+        """Book what the step computed; return what it brought, in the order of joining."""
+        events: list[SequenceEvent] = []
+        chunks = dict(plan.prefills)
+        tokens = iter(result.token_ids)
+        logprobs = iter(result.logprobs)
+        prompt_logits = {p.seq_id: (p.start, p.logits) for p in result.prompt_logits}
+        block_size = self.pool.block_size
+        has_finished = False
+        for seq in self.running:
+            num_tokens = 1 if seq.is_decoding else chunks.get(seq.id, 0)
+            if not num_tokens:
+                continue
+            seq.num_computed += num_tokens
+            if seq.num_computed % block_size < num_tokens:
+                self._register_blocks(seq, num_tokens)
+            logits = prompt_logits.get(seq.id) if prompt_logits else None
+            if seq.num_computed < len(seq.token_ids):
+                if logits is not None:
+                    events.append(SequenceEvent(seq, prompt_logits=logits))
+                continue
+            if not seq.is_decoding:
+                seq.is_decoding = True
+                self._start_followers(seq)
+            added = seq.append(next(tokens))
+            logprob: TokenLogprob | None = next(logprobs, None)
+            details = () if logprob is None else (logprob,)
+            events.append(SequenceEvent(seq, added, details, seq.finish_reason, logits))
+            has_finished = has_finished or seq.finish_reason is not None
+        assert next(tokens, None) is None, "more tokens than sequences that sampled"
+
+        if has_finished:
+            for seq in self.running:
+                if seq.finish_reason is not None:
+                    self._release(seq)
+                    seq.status = "finished"
+            self.running = [seq for seq in self.running if seq.finish_reason is None]
+        return events
+
+    def check(self) -> None:
+        """Assert that no block is lost: the pool agrees with the sequences."""
+        assert all(not seq.block_ids for seq in self.waiting), "a waiting sequence holds blocks"
+        self.pool.check(seq.block_ids for seq in self.running)
+
+    def _grow(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Give a block to each sequence whose blocks are full, preempting where there is none."""
+        block_size = self.pool.block_size
+        full = [s for s in self.running if s.num_computed == len(s.block_ids) * block_size]
+        grown: list[tuple[int, tuple[int, ...]]] = []
+        for seq in full:
+            while seq.status == "running":
+                if new := self.pool.allocate(1):
+                    seq.block_ids += new
+                    grown.append((seq.id, tuple(new)))
+                    break
+                # `full` is in the order of joining, so the victim has not been given a block.
+                self._preempt(self.running.pop())
+        return grown
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._release(seq)
+        seq.num_computed = 0
+        seq.is_decoding = False
+        seq.status = "waiting"
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.free(seq.block_ids)
+        seq.block_ids = []
+        self._left.append(seq.id)
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        num_tokens = min(len(seq.token_ids) - seq.num_computed, self.max_chunk, budget)
+        if seq.request.want_prompt_logits:
+            num_tokens = min(num_tokens, max(1, seq.request.num_prefill - seq.num_computed))
+        return num_tokens
+
+    def _can_grow(self, seq: Sequence) -> bool:
+        """Whether the sequence, at full length, needs more blocks than it has."""
+        return seq.max_len - 1 > len(seq.block_ids) * self.pool.block_size
+
+    def _place(self, seq: Sequence, copies: list[tuple[int, int]], reserve: int) -> bool:
+        """Find blocks for all tokens that `seq` knows; at least one is left to compute."""
+        pool, num_known = self.pool, len(seq.token_ids)
+        shared, source = self._shared_prompt(seq)
+        if source is None and not seq.request.want_prompt_logits:
+            shared = pool.match_prefix(seq.token_ids, limit=num_known - 1)
+        block_ids = pool.allocate(pool.blocks_for(num_known) - len(shared), shared, reserve)
+        if not block_ids:
+            return False
+        seq.block_ids = block_ids
+        seq.num_computed = len(shared) * pool.block_size
+        if source is not None:
+            seq.num_computed = num_known - 1
+            if source != NULL_BLOCK:
+                copies.append((source, block_ids[len(shared)]))
+        return True
+
+    def _shared_prompt(self, seq: Sequence) -> tuple[list[int], int | None]:
+        """Find a sequence to fork from: one of the same request that has computed the prompt.
+
+        Returns the full blocks to share and the block to copy for the tokens after them: the null
+        block if there are none, None if there is nobody to fork from.
+        """
+        request = seq.request
+        # A sequence that has tokens of its own resumes alone: it shares the prompt only.
+        if request.params.n > 1 and len(seq.token_ids) == seq.num_prompt:
+            for parent in request.sequences:
+                if parent.is_decoding and parent.status == "running":
+                    num_full, tail = divmod(seq.num_prompt - 1, self.pool.block_size)
+                    source = parent.block_ids[num_full] if tail else NULL_BLOCK
+                    return parent.block_ids[:num_full], source
+        return [], None
+
+    def _register_blocks(self, seq: Sequence, num_tokens: int) -> None:
+        """Offer the blocks that the last `num_tokens` have filled to the prefix cache."""
+        block_size = self.pool.block_size
+        first = (seq.num_computed - num_tokens) // block_size
+        for i in range(first, seq.num_computed // block_size):
+            parent = seq.block_ids[i - 1] if i else NULL_BLOCK
+            tokens = seq.token_ids[i * block_size : (i + 1) * block_size]
+            self.pool.register(seq.block_ids[i], parent, tokens)
+
+    def _start_followers(self, seq: Sequence) -> None:
+        """Queue the sequences that waited for the prompt of `seq`, before all that came later."""
+        self.waiting.extendleft(reversed(seq.followers))
+        seq.followers = []
+
+
+def _join(seq: Sequence) -> Join:
+    request = seq.request
+    return Join(
+        seq_id=seq.id,
+        token_ids=tuple(seq.token_ids),
+        num_prompt=seq.num_prompt,
+        num_computed=seq.num_computed,
+        block_ids=tuple(seq.block_ids),
+        params=request.params,
+        seed=request.seed,
+        stream=seq.index,
+        want_prompt_logits=request.want_prompt_logits,
+    )

@@ -1,0 +1,417 @@
+"""Session: one rank of an engine in memory, ready to run steps.
+
+Decides how an engine is opened (everything is checked before the first token), where its arrays
+lie, and which recorded program runs a step. Knows nothing of requests, text or other ranks' memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from puna.batch import ForwardBatch
+from puna.dummy import DummyWeights
+from puna.engine import (
+    EngineConfig,
+    RankFile,
+    RankMemory,
+    RankWeight,
+    rank_file,
+    rank_file_name,
+    rank_weights,
+    read_config,
+)
+from puna.errors import EngineError, LaunchError
+from puna.manifest import check_files, read_manifest
+from puna.memory import (
+    available_bytes,
+    human_bytes,
+    kv_block_bytes,
+    kv_cache_spec,
+    workspace_specs,
+)
+from puna.models.llama.model import Activations, Layer, Llama
+from puna.ops import LayerCache, Linear, Norm, Ops, Program, RopeTable
+from puna.ops.reference import ReferenceOps
+from puna.ops.sampling import sample
+from puna.quant import Array
+from puna.rope import rope_tables
+from puna.runtime.lower import Lowering
+from puna.runtime.step import StepPlan, StepResult
+from puna.shard import rank_rows
+
+DEVICES = ("auto", "reference")
+# Programs kept, one for each batch shape met lately; a decode batch meets few shapes.
+MAX_PROGRAMS = 64
+
+LoadProgress = Callable[[int, int], None]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Session:
+    """One rank of an engine. `submit` runs a step, `collect` returns its result.
+
+    Made by `Session.open`. Steps must be run from one thread at a time.
+
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        config: EngineConfig,
+        rank: int,
+        num_blocks: int,
+        stored: dict[str, Array],
+        stored_bytes: int,
+        close_stored: Callable[[], None],
+    ) -> None:
+        self.engine_dir = engine_dir
+        self.config = config
+        self.num_blocks = num_blocks
+        self.block_size = config.limits.block_size
+        self._close_stored = close_stored
+        self._ops: Ops = ReferenceOps()
+        self._arrays = {
+            name: np.empty(shape, dtype)
+            for name, (dtype, shape) in workspace_specs(config, rank).items()
+        }
+        dtype, shape = kv_cache_spec(config, rank, num_blocks)
+        self._kv_cache = np.empty(shape, dtype)
+        self._weight_bytes = stored_bytes
+        self._model = _model(config, rank, self._ops, stored, self._arrays, self._kv_cache)
+        self._programs: OrderedDict[tuple[int, int], tuple[ForwardBatch, Program]] = OrderedDict()
+        self._heads: OrderedDict[tuple[int, int], tuple[Array, Program]] = OrderedDict()
+        limits = config.limits
+        self._lowering = Lowering(limits.block_size, limits.max_batch_size, limits.max_seq_len)
+        self._result: StepResult | None = None
+
+    @classmethod
+    def open(
+        cls,
+        engine_dir: str | Path,
+        *,
+        device: str = "auto",
+        kv_cache_bytes: int | None = None,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        threads: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: LoadProgress | None = None,
+    ) -> Session:
+        """Check an engine and bring one rank of it into memory.
+
+        `max_batch_size` and `max_num_tokens` may lower the engine's limits. `progress` is told the
+        bytes checked and their total. Raises EngineError or LaunchError before anything large is
+        allocated; a byte that differs from the manifest is found before this returns.
+
+        """
+        engine_dir = Path(engine_dir)
+        threads = threads or os.cpu_count() or 1
+        config = read_config(engine_dir)
+        _check_device(device, config)
+        if config.world_size != world_size:
+            raise LaunchError(
+                f"Engine world size ({config.world_size}) != Runtime world size ({world_size}): "
+                f"start {config.world_size} ranks, or build the engine with --tp and --pp for "
+                f"{world_size}"
+            )
+        config = _lower_limits(config, max_batch_size, max_num_tokens)
+        num_blocks = _num_blocks(config, rank, kv_cache_bytes)
+        _check_ram(config, rank, num_blocks)
+        manifest = read_manifest(engine_dir)
+        total = sum(file.size for file in manifest.files)
+        checked = 0
+
+        def report(num_bytes: int) -> None:
+            nonlocal checked
+            checked += num_bytes
+            if progress:
+                progress(checked, total)
+
+        ranks = () if config.dummy else (rank,)
+        check_files(engine_dir, manifest, ranks, threads, report)
+        layout = rank_file(config, rank, read_config(engine_dir).digest())
+        if config.dummy is not None:
+            stored, close = _generate(config, rank, layout), _nothing
+        else:
+            stored, close = _map(engine_dir / rank_file_name(rank), layout)
+        return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, close)
+
+    @property
+    def memory(self) -> RankMemory:
+        """Bytes this session holds, counted from its arrays."""
+        return RankMemory(
+            weights=self._weight_bytes,
+            kv_cache=self._kv_cache.nbytes,
+            workspace=sum(array.nbytes for array in self._arrays.values()),
+        )
+
+    def submit(self, plan: StepPlan) -> None:
+        """Run one step; its result waits for `collect`."""
+        assert self._result is None, "collect the step before"
+        step = self._lowering.lower(plan)
+        if len(step.copies_C2):
+            self._ops.copy_blocks(self._kv_cache, step.copies_C2)
+        num_tokens = self._forward(step.batch)
+        logits_LV = self._logits(step.batch.logits_rows_L, num_tokens)
+        sampled = sample(step.sample_logits(logits_LV), step.sampling)
+        self._result = self._lowering.record(step, sampled, logits_LV)
+
+    def collect(self) -> StepResult:
+        """The result of the step submitted last."""
+        assert self._result is not None, "submit a step first"
+        result, self._result = self._result, None
+        return result
+
+    def close(self) -> None:
+        """Let go of all memory; the session cannot be used afterwards."""
+        self._programs.clear()
+        self._heads.clear()
+        self._arrays.clear()
+        self._close_stored()
+
+    def _forward(self, batch: ForwardBatch) -> int:
+        num_tokens, num_seqs = batch.num_tokens, batch.num_seqs
+        shape = (num_tokens, num_seqs)
+        inputs, program = _cached(self._programs, shape, lambda: self._record(*shape))
+        inputs.token_ids_T[:] = batch.token_ids_T
+        inputs.positions_T[:] = batch.positions_T
+        inputs.slots_T[:] = batch.slots_T
+        inputs.query_start_S1[:] = batch.query_start_S1
+        inputs.seq_lens_S[:] = batch.seq_lens_S
+        inputs.block_table_SM[:, : batch.block_table_SM.shape[1]] = batch.block_table_SM
+        program.run()
+        return num_tokens
+
+    def _record(self, num_tokens: int, num_seqs: int) -> tuple[ForwardBatch, Program]:
+        arrays = self._arrays
+        inputs = ForwardBatch(
+            token_ids_T=arrays["token_ids_T"][:num_tokens],
+            positions_T=arrays["positions_T"][:num_tokens],
+            slots_T=arrays["slots_T"][:num_tokens],
+            query_start_S1=arrays["query_start_S1"][: num_seqs + 1],
+            seq_lens_S=arrays["seq_lens_S"][:num_seqs],
+            block_table_SM=arrays["block_table_SM"][:num_seqs],
+            logits_rows_L=arrays["logits_rows_L"],
+        )
+        act = self._activations()
+        return inputs, self._ops.record(lambda: self._model.forward(self._ops, inputs, act))
+
+    def _logits(self, rows_L: Array, num_tokens: int) -> Array:
+        """float32 [L, V]. More rows than sequences (a prompt's logits) are computed in parts."""
+        most, vocab_size = self.config.limits.max_batch_size, self.config.spec.vocab_size
+        logits_LV = self._arrays["logits_LV"]
+        if len(rows_L) <= most:
+            self._head(rows_L, num_tokens)
+            return logits_LV[: len(rows_L), :vocab_size]
+        all_LV = np.empty((len(rows_L), vocab_size), np.float32)
+        for start in range(0, len(rows_L), most):
+            part = rows_L[start : start + most]
+            self._head(part, num_tokens)
+            all_LV[start : start + most] = logits_LV[: len(part), :vocab_size]
+        return all_LV
+
+    def _head(self, rows_L: Array, num_tokens: int) -> None:
+        """Compute the logits of some rows into the first rows of logits_LV."""
+        if not len(rows_L):
+            return
+        shape = (len(rows_L), num_tokens)
+        inputs, program = _cached(self._heads, shape, lambda: self._record_head(*shape))
+        inputs[:] = rows_L
+        program.run()
+
+    def _record_head(self, num_rows: int, num_tokens: int) -> tuple[Array, Program]:
+        rows_L = self._arrays["logits_rows_L"][:num_rows]
+        logits_LV = self._arrays["logits_LV"][:num_rows]
+        act = self._activations()
+        return rows_L, self._ops.record(
+            lambda: self._model.logits(self._ops, rows_L, num_tokens, act, logits_LV)
+        )
+
+    def _activations(self) -> Activations:
+        arrays = self._arrays
+        return Activations(
+            arrays["residual_TD"], arrays["partial_TD"], arrays["q_TQ"], arrays["act_TF"]
+        )
+
+
+def _cached(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+    """The entry, made if need be; the one used longest ago makes room."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > MAX_PROGRAMS:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
+
+
+def _check_device(device: str, config: EngineConfig) -> None:
+    if config.target != "cpu":
+        raise EngineError(
+            f"the engine was built for {config.target}, this version of puna runs cpu engines: "
+            "build it again with --target cpu"
+        )
+    if device not in DEVICES:
+        raise EngineError(
+            f"device {device!r} is not in this version of puna: use one of {', '.join(DEVICES)}"
+        )
+
+
+def _lower_limits(
+    config: EngineConfig, max_batch_size: int | None, max_num_tokens: int | None
+) -> EngineConfig:
+    limits = config.limits
+    asked = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens}
+    for name, value in asked.items():
+        most = getattr(limits, name)
+        if value is None:
+            continue
+        if not 1 <= value <= most:
+            raise EngineError(
+                f"{name} {value} is not between 1 and the engine's {most}: lower it, or build with "
+                f"a larger --{name.replace('_', '-')}"
+            )
+    batch = max_batch_size or limits.max_batch_size
+    if max_num_tokens is not None and max_batch_size is None:
+        batch = min(batch, max_num_tokens)
+    num_tokens = max_num_tokens or limits.max_num_tokens
+    return replace(config, limits=replace(limits, max_batch_size=batch, max_num_tokens=num_tokens))
+
+
+def _num_blocks(config: EngineConfig, rank: int, kv_cache_bytes: int | None) -> int:
+    if kv_cache_bytes is None:
+        return config.limits.num_blocks
+    block = kv_block_bytes(config, rank)
+    if kv_cache_bytes < 2 * block:
+        raise EngineError(
+            f"kv_cache_bytes {kv_cache_bytes} is too small: {config.limits.block_size} tokens take "
+            f"{block} bytes, and two such blocks are the least"
+        )
+    return kv_cache_bytes // block
+
+
+def _check_ram(config: EngineConfig, rank: int, num_blocks: int) -> None:
+    """Refuse now what would be killed later. Mapped weights can be dropped by the system, so they
+    do not count; generated ones do."""
+    memory = config.memory[rank]
+    kv_cache = num_blocks * kv_block_bytes(config, rank)
+    needed = memory.workspace + kv_cache + (memory.weights if config.dummy else 0)
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise EngineError(
+            f"the engine needs {human_bytes(needed)} of RAM ({human_bytes(kv_cache)} of it KV "
+            f"cache), {human_bytes(available)} are free: lower --kv-cache-bytes, or build with a "
+            "smaller --max-seq-len, --max-batch-size or --quant"
+        )
+
+
+def _nothing() -> None:
+    """What closes a session that holds no file."""
+
+
+def _map(path: Path, layout: RankFile) -> tuple[dict[str, Array], Callable[[], None]]:
+    """Arrays over a memory map of the rank's file; two processes share its pages."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != layout.num_bytes:
+            raise EngineError(
+                f"{path} has {size:,} bytes, its config says {layout.num_bytes:,}: "
+                "rebuild the engine"
+            )
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if mapped[: len(layout.header)] != layout.header:
+        raise EngineError(f"{path} belongs to another {path.parent.name}: rebuild the engine")
+    return _views(np.frombuffer(mapped, np.uint8), layout), _nothing
+
+
+def _generate(config: EngineConfig, rank: int, layout: RankFile) -> dict[str, Array]:
+    """The arrays of a dummy engine, made as the build would have made them."""
+    assert config.dummy is not None
+    arrays = _views(np.zeros(layout.num_bytes, np.uint8), layout)
+    source = DummyWeights(config.spec, config.dummy.seed)
+    for weight in rank_weights(config, rank):
+        for first, rows in rank_rows(weight, source):
+            for name, values in rows.items():
+                arrays[name][first : first + len(values)] = values
+    return arrays
+
+
+def _views(data: Array, layout: RankFile) -> dict[str, Array]:
+    return {
+        name: data[array.offset : array.offset + array.num_bytes]
+        .view(array.dtype)
+        .reshape(array.shape)
+        for name, array in layout.arrays.items()
+    }
+
+
+def _model(
+    config: EngineConfig,
+    rank: int,
+    ops: Ops,
+    stored: dict[str, Array],
+    arrays: dict[str, Array],
+    kv_cache: Array,
+) -> Llama:
+    """Bind stored weights, KV cache and RoPE tables to the model."""
+    spec, mapping = config.spec, config.mapping(rank)
+    weights = {weight.name: weight for weight in rank_weights(config, rank)}
+
+    def matrix(weight: RankWeight) -> object:
+        prefix = f"{weight.name}."
+        parts = {
+            name.removeprefix(prefix): array
+            for name, array in stored.items()
+            if name.startswith(prefix)
+        }
+        return ops.load_matrix(parts, weight.format.name, arrays[f"unpacked.{weight.name}"])
+
+    def linear(name: str, parts: tuple[str, ...] = ()) -> Linear:
+        names = (
+            [f"{name}.weight"] if f"{name}.weight" in weights else [f"{p}.weight" for p in parts]
+        )
+        return Linear(tuple(matrix(weights[n]) for n in names), stored.get(f"{name}.bias"))
+
+    def norm(name: str) -> Norm:
+        return Norm(stored[f"{name}.weight"], spec.rms_norm_eps)
+
+    def layer(index: int, layer_cache: Array) -> Layer:
+        at = f"layers.{index}"
+        qkv_parts = tuple(f"{at}.attn.{part}" for part in ("q", "k", "v"))
+        mlp_parts = tuple(f"{at}.mlp.{part}" for part in ("gate", "up"))
+        return Layer(
+            attn_norm=norm(f"{at}.attn_norm"),
+            qkv=linear(f"{at}.attn.qkv", qkv_parts),
+            o=linear(f"{at}.attn.o"),
+            mlp_norm=norm(f"{at}.mlp_norm"),
+            gate_up=linear(f"{at}.mlp.gate_up", mlp_parts),
+            down=linear(f"{at}.mlp.down"),
+            cache=LayerCache(layer_cache[0], layer_cache[1]),
+        )
+
+    rope = RopeTable(arrays["rope_cos_PE"], arrays["rope_sin_PE"])
+    rope.cos_PE[:], rope.sin_PE[:] = rope_tables(spec.rope, spec.head_dim, len(rope.cos_PE))
+    layers = tuple(
+        layer(index, layer_cache)
+        for index, layer_cache in zip(mapping.layers(spec.num_layers), kv_cache, strict=True)
+    )
+    embed = linear("embed") if "embed.weight" in weights else None
+    head = None
+    if mapping.is_last_stage:
+        head = embed if spec.tie_word_embeddings else linear("head")
+    return Llama(
+        layers=layers,
+        rope=rope,
+        embed=embed if mapping.is_first_stage else None,
+        norm=norm("norm") if mapping.is_last_stage else None,
+        head=head,
+    )
