@@ -354,3 +354,15 @@ def read_config(engine_dir: Path) -> EngineConfig:
         raise
     except PunaError as error:
         raise EngineError(f"{path}: {error}: rebuild the engine") from error
+
+
+def check_rank_file(path: Path, layout: RankFile) -> None:
+    """Raise EngineError unless the file has the size and the header that its config asks for."""
+    with path.open("rb") as file:
+        is_right = file.read(len(layout.header)) == layout.header
+    size = path.stat().st_size
+    if not is_right or size != layout.num_bytes:
+        raise EngineError(
+            f"{path} ({size:,} bytes) does not fit {CONFIG_FILE} beside it, which asks for "
+            f"{layout.num_bytes:,} bytes: build the engine again"
+        )

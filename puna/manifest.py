@@ -49,11 +49,10 @@ class Manifest:
             entries = json.loads(data)["files"]
             files = tuple(FileDigest(e["path"], e["size"], tuple(e["chunks"])) for e in entries)
             manifest = cls(files)
-            is_whole = manifest.to_bytes() == data and all(map(_is_inside, files))
+            if manifest.to_bytes() == data and all(map(_is_inside, files)):
+                return manifest
         except (ValueError, TypeError, KeyError, AttributeError):
-            is_whole = False
-        if is_whole:
-            return manifest
+            pass  # Whatever is wrong with it, it is not what was written.
         raise EngineError(f"{path} is damaged: copy or build the engine again")
 
 

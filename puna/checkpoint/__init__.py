@@ -1,8 +1,8 @@
 """Checkpoint: published weights, in any format, seen as canonical tensors.
 
-`open_checkpoint` looks at a path and picks the reader. Each reader adapts its format to puna's names
-(`puna.weights`), puna's half-split RoPE, and `ModelSpec`; nothing above this package knows which
-format the weights came from.
+`open_checkpoint` looks at a path and picks the reader. Each reader adapts its format to puna's
+names (`puna.weights`), puna's half-split RoPE, and `ModelSpec`; nothing above this package knows
+which format the weights came from.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ FULL = slice(None)
 class Checkpoint(Protocol):
     """Weights that can be read by canonical name, a slice at a time.
 
-    Tensors are [N, K] matrices (output rows first) or [N] vectors. A reader opens lazily: opening reads
-    headers only, and `load` reads (from a memory map where it can) only the rows asked for.
+    Tensors are [N, K] matrices (output rows first) or [N] vectors. A reader opens lazily: opening
+    reads headers only, and `load` reads (from a memory map where it can) only the rows asked for.
     """
 
-    kind: str  # "hf", "meta", "gguf" or "dummy"
-    source: str  # what the user named: a path or a hub id
-    spec: ModelSpec
-    generation: GenerationDefaults
+    @property
+    def kind(self) -> str:
+        """ "hf", "meta", "gguf" or "dummy"."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What the user named: a path or a hub id."""
+        ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def generation(self) -> GenerationDefaults: ...
 
     def names(self) -> frozenset[str]:
         """Canonical names of all tensors held, buffers that follow from the config left out."""
@@ -55,7 +66,7 @@ class Checkpoint(Protocol):
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """One line each on what the reader had to decide (shown by `puna plan` and kept in the engine)."""
+        """One line each on what the reader decided (shown by `puna plan`, kept in the engine)."""
         ...
 
     def files(self) -> tuple[Path, ...]:
@@ -63,7 +74,7 @@ class Checkpoint(Protocol):
         ...
 
     def tokenizer_files(self) -> MappingABC[str, bytes]:
-        """What belongs in the engine's tokenizer/ directory, by file name; empty without a tokenizer."""
+        """What belongs in the engine's tokenizer/ directory, by file name; empty without one."""
         ...
 
     def close(self) -> None: ...
@@ -72,7 +83,7 @@ class Checkpoint(Protocol):
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a directory, a GGUF file, or a hub id such as `TinyLlama/TinyLlama-1.1B-Chat-v1.0`.
 
-    Reads headers only. Raises CheckpointError: nothing there, a kind that puna does not read, damage.
+    Reads headers only. Raises CheckpointError: nothing there, a kind puna does not read, damage.
     """
     # Each reader is imported when it is needed: together they take longer than reading a header.
     source = str(path_or_id)
@@ -90,7 +101,8 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
 
         return _open_directory(download(source), source)
     raise CheckpointError(
-        f"{source} does not exist; needed a checkpoint directory, a .gguf file, or a hub id (org/name)"
+        f"{source} does not exist; needed a checkpoint directory, a .gguf file, or a hub id "
+        "(org/name)"
     )
 
 
@@ -113,8 +125,8 @@ def _open_directory(path: Path, source: str) -> Checkpoint:
         names = ", ".join(file.name for file in ggufs)
         raise CheckpointError(f"{source} holds {len(ggufs)} GGUF files ({names}); name one of them")
     raise CheckpointError(
-        f"{source} holds no checkpoint; needed config.json (Hugging Face), params.json (Meta) or one "
-        ".gguf file"
+        f"{source} holds no checkpoint; needed config.json (Hugging Face), params.json (Meta) or "
+        "one .gguf file"
     )
 
 

@@ -1,12 +1,13 @@
 """Dummy checkpoints: a spec and a seed instead of files. Values are made when a slice is loaded.
 
-Decides the presets and how a shape is spelled on the command line. The values are `puna.dummy_values`.
+Decides the presets and how a shape is spelled on the command line. The values themselves are
+`puna.dummy_values`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ def _llama3_rope(factor: float) -> RopeSpec:
 
 _THETA_3 = RopeSpec(theta=500000.0)
 
-# hidden, ffn, layers, heads, kv_heads, head_dim, vocab, positions (facts of the published config.json)
+# hidden, ffn, layers, heads, kv_heads, head_dim, vocab, positions: as in the published config.json.
 PRESETS: Mapping[str, ModelSpec] = MappingProxyType(
     {
         "llama-2-7b": ModelSpec(4096, 11008, 32, 32, 32, 128, 32000, 4096),
@@ -88,8 +89,8 @@ def parse_preset(text: str) -> ModelSpec:
         name, rest = "", [name, *rest]
     elif name not in PRESETS:
         raise CheckpointError(
-            f"there is no preset {name!r}; there are {', '.join(PRESETS)}, each with changes such as "
-            "',num_layers=2', and free shapes such as 'hidden=64,layers=2,heads=4,ffn=172,vocab=500'"
+            f"there is no preset {name!r}; there are {', '.join(PRESETS)}, each with changes such "
+            "as ',num_layers=2', and free shapes: 'hidden=64,layers=2,heads=4,ffn=172,vocab=500'"
         )
     changes = dict(_parse_change(part) for part in rest if part)
     theta = changes.pop("rope_theta", None)
@@ -97,9 +98,10 @@ def parse_preset(text: str) -> ModelSpec:
         spec = PRESETS[name]
     else:
         needed = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
-        if missing := [field for field in needed if field not in changes]:
+        if missing := [key for key in needed if key not in changes]:
             raise CheckpointError(
-                f"dummy shape {text!r} lacks {', '.join(missing)}; or name a preset: {', '.join(PRESETS)}"
+                f"dummy shape {text!r} lacks {', '.join(missing)}; or name a preset: "
+                f"{', '.join(PRESETS)}"
             )
         derived = {
             "num_kv_heads": changes["num_heads"],
@@ -113,17 +115,17 @@ def parse_preset(text: str) -> ModelSpec:
 
 def _parse_change(part: str) -> tuple[str, Any]:
     key, _, value = part.partition("=")
-    field = _SHORT.get(key, key)
-    if field not in _TYPES:
+    name = _SHORT.get(key, key)
+    if name not in _TYPES:
         raise CheckpointError(
-            f"a dummy shape has no {key!r}; it has {', '.join((*_SHORT, 'head_dim'))} and the fields of "
-            "ModelSpec"
+            f"a dummy shape has no {key!r}; it has {', '.join((*_SHORT, 'head_dim'))} and the "
+            "fields of ModelSpec"
         )
-    kind = _TYPES[field]
+    kind = _TYPES[name]
     try:
         if kind == "bool":
-            return field, {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return field, int(value) if kind == "int" else float(value)
+            return name, {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        return name, int(value) if kind == "int" else float(value)
     except (KeyError, ValueError):
         raise CheckpointError(f"dummy shape: {key} is {value!r}; it must be {kind}") from None
 
@@ -137,7 +139,7 @@ class DummyCheckpoint:
     dtype: str = "float16"
     source: str = "dummy"
     kind: str = "dummy"
-    generation: GenerationDefaults = GenerationDefaults()
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -180,7 +182,7 @@ class DummyCheckpoint:
         return Format.dense(self.dtype)
 
     def load(self, name: str, rows: slice = FULL, cols: slice = FULL) -> Array:
-        """Values of a slice, in `dtype`; norm weights are 1 + value, so that activations stay sane."""
+        """Values of a slice, in `dtype`; norm weights are 1 + value, so activations stay sane."""
         shape = self.shape(name)
         start, stop, _ = rows.indices(shape[0])
         num_cols = shape[1] if len(shape) == 2 else 1

@@ -58,8 +58,8 @@ def open_gguf(path: Path, source: str) -> FileCheckpoint:
         is_rotary = bool(name) and name.rpartition(".")[0].endswith((".attn.q", ".attn.k"))
         if is_rotary and described.shape[0] % spec.head_dim:
             raise CheckpointError(
-                f"{path}: {file_name} has {described.shape[0]} rows; needed a multiple of the head size "
-                f"{spec.head_dim}"
+                f"{path}: {file_name} has {described.shape[0]} rows; needed a multiple of the head "
+                f"size {spec.head_dim}"
             )
         tensor = stored_tensor(gguf, described, spec.head_dim if is_rotary else 0)
         tensors[name or file_name] = tensor
@@ -106,8 +106,8 @@ def _refuse_other_models(path: Path, meta: Fields) -> None:
         )
     if (num_files := meta.whole("split.count", 1)) > 1:
         raise CheckpointError(
-            f"{path} is one of {num_files} parts; merge them first: `llama-gguf-split --merge FIRST_PART "
-            "OUT.gguf`"
+            f"{path} is one of {num_files} parts; merge them first: `llama-gguf-split --merge "
+            "FIRST_PART OUT.gguf`"
         )
     if meta.whole("llama.expert_count", 0) > 0:
         raise CheckpointError(f"{path} is a mixture of experts; puna reads dense models only")
@@ -122,7 +122,8 @@ def read_spec(gguf: GgufFile, meta: Fields) -> ModelSpec:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (found := meta.whole(key, head_dim)) != head_dim:
             raise CheckpointError(
-                f"{meta.where}: {key} is {found} and the head size {head_dim}; puna needs them equal"
+                f"{meta.where}: {key} is {found} and the head size {head_dim}; puna needs them "
+                "equal"
             )
     max_position_embeddings = meta.whole("llama.context_length", smallest=1)
     vocab_size = meta.whole("llama.vocab_size", None, smallest=1)
@@ -210,13 +211,13 @@ def _rope(gguf: GgufFile, meta: Fields, head_dim: int, max_positions: int) -> Ro
 def _llama3(gguf: GgufFile, theta: float, head_dim: int) -> RopeSpec:
     """Llama 3.1's scaling, which llama.cpp's converter stores as a divisor for each frequency.
 
-    Its other parameters are the same in all models, and the factor is the largest divisor; the divisors
-    that follow must be those in the file.
+    Its other parameters are the same in all models, and the factor is the largest divisor; the
+    divisors that follow must be those in the file.
     """
     stored = stored_tensor(gguf, gguf.tensors[_ROPE_FREQS], 0)
     refused = CheckpointError(
-        f"{gguf.file.path}: {_ROPE_FREQS} is not Llama 3's RoPE scaling (low 1, high 4, original length "
-        f"{_LLAMA3_LENGTH}); use the Hugging Face form of the model"
+        f"{gguf.file.path}: {_ROPE_FREQS} is not Llama 3's RoPE scaling (low 1, high 4, original "
+        f"length {_LLAMA3_LENGTH}); use the Hugging Face form of the model"
     )
     if not isinstance(stored, DenseTensor) or stored.shape != (head_dim // 2,):
         raise refused

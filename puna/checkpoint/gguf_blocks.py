@@ -1,8 +1,8 @@
 """GGUF's block formats unpacked exactly: bytes to `QuantTensor`, with no requantisation.
 
-`QuantTensor.dequantize` of the result equals llama.cpp's float32 values bit for bit. For the K formats a
-scale is d * sc in float32, as llama.cpp computes it on the fly. The layouts are those of ggml's
-block structs, in files since 2023; knows nothing of files and names.
+`QuantTensor.dequantize` of the result equals the `gguf` package's float32 values bit for bit. For
+the K formats a scale is d * sc in float32, which is how ggml computes it on the fly. Knows nothing
+of files and names.
 
 Shape suffixes: B blocks, R bytes a block, G groups a block, E numbers a group.
 """
@@ -49,7 +49,7 @@ def _half(blocks_BR: Array, at: int) -> Array:
 
 
 def _nibbles(packed_BR: Array, run: int) -> Array:
-    """Runs of `run` bytes, each the low nibbles of `run` numbers and then the high ones of the next."""
+    """Runs of `run` bytes: the low nibbles are `run` numbers, the high ones the next `run`."""
     runs = packed_BR.reshape(len(packed_BR), -1, run)
     return np.stack((runs & 15, runs >> 4), axis=2).reshape(len(packed_BR), -1)
 
@@ -83,8 +83,8 @@ def _q8_0(x: Array) -> Parts:
 def _k_scales(x: Array) -> tuple[Array, Array]:
     """Scale and minimum of the 8 groups of a Q4_K or Q5_K block: float32 [B, 8] each.
 
-    Twelve bytes hold 8 + 8 six-bit numbers: the first four of each whole in bytes 0-3 and 4-7, the last
-    four as a nibble in bytes 8-11 with their upper two bits on top of bytes 0-3 and 4-7.
+    Twelve bytes hold 8 + 8 six-bit numbers: the first four of each whole in bytes 0-3 and 4-7, the
+    last four as a nibble in bytes 8-11 with their upper two bits on top of bytes 0-3 and 4-7.
     """
     low, mid, high = x[:, 4:8], x[:, 8:12], x[:, 12:16]
     scales = np.concatenate((low & 63, (high & 15) | (low >> 6 << 4)), axis=1)

@@ -21,7 +21,7 @@ from puna.errors import CheckpointError
 _SCALARS = {  # value type -> struct code
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_DEPTH = 4  # of arrays in arrays
 _MAX_DIMS = 4
 
@@ -52,7 +52,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse the header of one file. Raises CheckpointError when it is damaged or another version."""
+    """Parse a file's header. Raises CheckpointError when it is damaged or of another version."""
     file = MappedFile(path)
     cursor = _Cursor(file)
     if cursor.take(4) != b"GGUF":
@@ -67,21 +67,17 @@ def read_gguf(path: Path) -> GgufFile:
     for _ in range(num_keys):
         key = cursor.string()
         if key in metadata:
-            raise CheckpointError(
-                f"{path} is damaged: {brief(key)} occurs twice; download it again"
-            )
+            raise file.damaged(f"{brief(key)} occurs twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     tensors = {}
     for _ in range(num_tensors):
         tensor = cursor.tensor()
         if tensor.name in tensors:
-            raise CheckpointError(
-                f"{path} is damaged: tensor {brief(tensor.name)} occurs twice; download it again"
-            )
+            raise file.damaged(f"tensor {brief(tensor.name)} occurs twice")
         tensors[tensor.name] = tensor
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise CheckpointError(f"{path}: general.alignment is {brief(alignment)}; download it again")
+        raise file.damaged(f"general.alignment is {brief(alignment)}, no power of two")
     return GgufFile(file, metadata, tensors, -(-cursor.at // alignment) * alignment)
 
 
@@ -122,14 +118,14 @@ class _Cursor:
         return self.take(self.count(1)).decode("utf-8", "surrogateescape")
 
     def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == _FLOAT32:  # as it was written: 1e-05, not 9.999999747378752e-06
+            return float(str(np.float32(self.scalar("f"))))
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY or depth >= _MAX_DEPTH:
-            raise CheckpointError(
-                f"{self.file.path} is damaged: value type {kind} at byte {self.at}; download it again"
-            )
+            raise self.file.damaged(f"value type {kind} at byte {self.at}")
         kind = self.scalar("I")
         if kind in _SCALARS:
             dtype = np.dtype("<" + _SCALARS[kind])
@@ -141,8 +137,6 @@ class _Cursor:
         name = self.string()
         num_dims = self.scalar("I")
         if num_dims > _MAX_DIMS:
-            raise CheckpointError(
-                f"{self.file.path} is damaged: {brief(name)} has {num_dims} dimensions; download it again"
-            )
+            raise self.file.damaged(f"{brief(name)} has {num_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(num_dims))[::-1]
         return GgufTensor(name, shape or (1,), self.scalar("I"), self.scalar("Q"))

@@ -94,7 +94,8 @@ class BlockTensor:
         group = self.kind.format.group_size
         start, stop = span(rows, self.shape[0])
         first, last = span(cols, self.num_cols)
-        assert first % group == 0 and (last % group == 0 or last == self.num_cols), (cols, group)
+        assert first % group == 0, (cols, group)
+        assert last % group == 0 or last == self.num_cols, (cols, group)
         if self.head_dim:
             rows_NR = self.rows_NR[interleaved_rows(start, stop, self.head_dim)]
         else:
@@ -120,8 +121,8 @@ def num_bytes(path: object, tensor: GgufTensor) -> int:
     name, block_size, block_bytes = block_type(path, tensor)
     if tensor.shape[-1] % block_size:
         raise CheckpointError(
-            f"{path}: rows of {tensor.name} have {tensor.shape[-1]} numbers; {name} needs a multiple of "
-            f"{block_size}; download it again"
+            f"{path} is damaged: {tensor.name} has {tensor.shape[-1]} columns, {name} needs a "
+            f"multiple of {block_size}; download it again"
         )
     return size // block_size * block_bytes
 

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: config.json beside safetensors or PyTorch files, local or from the hub.
 
-Decides which files hold the weights and what their tensors are called. The facts of the model are read
-in `hf_config`, the containers in `safetensors_file` and `pickle_reader`.
+Decides which files hold the weights and what their tensors are called. The facts of the model are
+read in `hf_config`, the containers in `safetensors_file` and `pickle_reader`.
 """
 
 from __future__ import annotations

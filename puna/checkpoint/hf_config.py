@@ -1,7 +1,7 @@
 """config.json and generation_config.json of a Hugging Face checkpoint, as ModelSpec and defaults.
 
-Decides what the many spellings and omissions of these files mean (always what transformers 5 does with
-them) and which models are refused. Reads no weights.
+Decides what the many spellings and omissions of these files mean (always what transformers 5 does
+with them) and which models are refused. Reads no weights.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _refuse_other_models(config: Fields) -> None:
             method.data.get("quant_method") or method.data.get("quant_algo") or "of unknown method"
         )
         raise CheckpointError(
-            f"{config.where}: the weights are quantised ({brief(name)}), which puna does not read; use the "
-            "unquantised checkpoint with --quant, or a GGUF file"
+            f"{config.where}: the weights are quantised ({brief(name)}), which puna does not read; "
+            "use the unquantised checkpoint with --quant, or a GGUF file"
         )
     activation = config.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -84,8 +84,8 @@ def _refuse_other_models(config: Fields) -> None:
 def read_rope(config: Fields, max_position_embeddings: int) -> RopeSpec:
     """RoPE from `rope_theta`, `rope_scaling` and `rope_parameters`, whichever are there.
 
-    As transformers does: `rope_scaling` wins over `rope_parameters`, a theta inside either over the one
-    beside it, and an `original_max_position_embeddings` beside them over the one inside.
+    As transformers does: `rope_scaling` wins over `rope_parameters`, a theta inside either over the
+    one beside it, and an `original_max_position_embeddings` beside them over the one inside.
     """
     key = "rope_scaling" if config.data.get("rope_scaling") else "rope_parameters"
     scaling = config.object(key)

@@ -64,6 +64,9 @@ class MappedFile:
         byte_strides = None if strides is None else tuple(step * dtype.itemsize for step in strides)
         return np.ndarray(shape, dtype, self.data, start, byte_strides)
 
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged: {what}; download it again")
+
     def ends_early(self, needed: int) -> CheckpointError:
         return CheckpointError(
             f"{self.path} is cut short or damaged: it has {self.size} bytes, its header needs "
@@ -72,7 +75,7 @@ class MappedFile:
 
 
 def check_no_overlap(path: Path, spans: Iterable[tuple[int, int, str]]) -> None:
-    """CheckpointError when two tensors (start, stop, name) share bytes: one header entry is wrong."""
+    """CheckpointError when two tensors (start, stop, name) share bytes: a header entry is wrong."""
     end, owner = 0, ""
     for start, stop, name in sorted(span for span in spans if span[0] < span[1]):
         if start < end:

@@ -1,7 +1,7 @@
 """Meta's own format: params.json and consolidated.NN.pth, one file per model-parallel rank.
 
-Decides how shards join, what params.json leaves open, and whether the output matrix is the embedding.
-Shards are joined when a slice is read, never as a whole.
+Decides how shards join, what params.json leaves open, and whether the output matrix is the
+embedding. Shards are joined when a slice is read, never as a whole.
 """
 
 from __future__ import annotations
@@ -117,8 +117,11 @@ def _join(
     hidden_size: int,
     head_dim: int,
 ) -> DenseTensor:
-    """One tensor of its shards. Meta splits q, k, v, gate, up and head by rows, o and down by columns;
-    the embedding by columns until Llama 2 and by rows from Llama 3 on; norms are whole in each."""
+    """One tensor of its shards.
+
+    Meta splits q, k, v, gate, up and head by rows, o and down by columns; the embedding by columns
+    until Llama 2 and by rows from Llama 3 on; norms are whole in each shard.
+    """
     first = parts[0]
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if len({(part.label, part.shape) for part in parts}) > 1:
@@ -133,10 +136,10 @@ def _join(
     else:
         axis = 1 if kind in ("o", "down") else 0
     is_rotary = kind in ("q", "k") and num_dims == 2
-    if is_rotary and first.shape[0] * len(parts) % head_dim:
+    if is_rotary and (num_rows := first.shape[0] * len(parts)) % head_dim:
         raise CheckpointError(
-            f"{directory}: {file_name} has {first.shape[0] * len(parts)} rows; needed a multiple of the "
-            f"head size {head_dim} (dim / n_heads of params.json)"
+            f"{directory}: {file_name} has {num_rows} rows; needed a multiple of the head size "
+            f"{head_dim} (dim / n_heads of params.json)"
         )
     arrays = tuple(part.parts[0] for part in parts)
     return DenseTensor(arrays, first.label, axis, head_dim if is_rotary else 0)
@@ -152,8 +155,8 @@ def _check_shard_count(
     num_shards, rest = divmod(hidden_size, query.shape[0])
     if num_shards != len(files) or rest:
         raise CheckpointError(
-            f"{directory} has {len(files)} shards; its tensors were split in "
-            f"{hidden_size / query.shape[0]:g} (consolidated.00.pth to .NN.pth); download the missing"
+            f"{directory} has {len(files)} shards, and its tensors were split in "
+            f"{hidden_size / query.shape[0]:g}; download all consolidated.NN.pth"
         )
 
 

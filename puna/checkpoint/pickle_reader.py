@@ -1,8 +1,8 @@
 """PyTorch's zip files (`.pth`, `.bin`) without PyTorch, and without running what they ask for.
 
 A pickle is a program. `_Machine` runs it with a stack and a memo and no calls at all except three:
-rebuilding a tensor, wrapping it as a parameter, and making an OrderedDict. Anything else is refused by
-name. Tensors are arrays over the mapped file. Knows nothing of models.
+rebuilding a tensor, wrapping it as a parameter, and making an OrderedDict. Anything else is refused
+by name. Tensors are arrays over the mapped file. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Storage:
 
 
 def read_torch_zip(path: Path) -> dict[str, DenseTensor]:
-    """Tensors of a state dict by their own names; CheckpointError when damaged or not plain weights."""
+    """Tensors of a state dict by their own names; CheckpointError if damaged or not plain."""
     file = MappedFile(path)
     if file.bytes(0, min(4, file.size))[:2] != b"PK":
         raise _no_zip(file)
@@ -97,14 +97,14 @@ def read_torch_zip(path: Path) -> dict[str, DenseTensor]:
 def _no_zip(file: MappedFile) -> CheckpointError:
     if file.bytes(0, 1) == b"\x80":
         return CheckpointError(
-            f"{file.path} is in PyTorch's format from before 1.6, which puna does not read; convert "
-            "it with torch.save(torch.load(path), path), or use the safetensors form"
+            f"{file.path} is in PyTorch's format from before 1.6, which puna does not read; "
+            "convert it with torch.save(torch.load(path), path), or use the safetensors form"
         )
     return CheckpointError(f"{file.path} is no PyTorch zip file; download it again")
 
 
 def _records(file: MappedFile) -> dict[str, tuple[int, int]]:
-    """(start, stop) of each stored record. zipfile reads the directory; local headers are checked here."""
+    """(start, stop) of each record. zipfile reads the directory, local headers are read here."""
     try:
         with zipfile.ZipFile(file.path) as archive:
             infos = archive.infolist()
@@ -115,14 +115,10 @@ def _records(file: MappedFile) -> dict[str, tuple[int, int]]:
     records = {}
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise CheckpointError(
-                f"{file.path}: {brief(info.filename)} is compressed; PyTorch stores records as they are"
-            )
+            raise file.damaged(f"{brief(info.filename)} is compressed; PyTorch never does that")
         header = file.bytes(info.header_offset, info.header_offset + 30)
         if header[:4] != b"PK\x03\x04":
-            raise CheckpointError(
-                f"{file.path} is damaged: a record is not where its directory says"
-            )
+            raise file.damaged(f"{brief(info.filename)} is not where the directory says")
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         start = info.header_offset + 30 + lengths
         if start + info.file_size > file.size:
@@ -132,7 +128,7 @@ def _records(file: MappedFile) -> dict[str, tuple[int, int]]:
 
 
 class _Machine:
-    """Runs one pickle. Never imports, never calls: a global is its name until `_reduce` knows it."""
+    """Runs one pickle. Never imports, never calls: a global is but a name that `_reduce` knows."""
 
     def __init__(self, file: MappedFile, prefix: str, records: dict[str, tuple[int, int]]) -> None:
         self.file = file

@@ -74,11 +74,13 @@ def _tensor(file: MappedFile, base: int, name: str, entry: Any) -> tuple[DenseTe
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
 
     def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{file.path}: {brief(name)}: {what}; download it again")
+        return file.damaged(f"{brief(name)}: {what}")
 
     if not isinstance(entry, dict):
         raise wrong("its header entry is no object")
-    label, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    label: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(label, str) or not is_sizes(shape) or not is_sizes(offsets):
         raise wrong("dtype, shape or data_offsets are missing or malformed")
     if len(offsets) != 2 or len(shape) > 8:

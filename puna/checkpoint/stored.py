@@ -100,8 +100,8 @@ def load_half_split(
 ) -> Array:
     """Canonical (half-split) rows, from a `load` whose rows are interleaved.
 
-    Meta and GGUF rotate the pairs (2i, 2i + 1) of a head, puna the pairs (i, i + E/2): canonical row
-    h*E + j*E/2 + i is stored row h*E + 2*i + j. Whole heads are read, so a slice costs at most two more.
+    Meta and GGUF rotate the pairs (2i, 2i + 1) of a head, puna the pairs (i, i + E/2): canonical
+    row h*E + j*E/2 + i is stored row h*E + 2*i + j. Whole heads are read: at most two more.
     """
     start, stop = span(rows, num_rows)
     first = start // head_dim * head_dim
@@ -171,7 +171,7 @@ class FileCheckpoint:
 
 
 def require_readable(tensors: Mapping[str, StoredTensor], where: str, names: Iterable[str]) -> None:
-    """CheckpointError for the first tensor whose numbers puna cannot read, so that opening tells."""
+    """CheckpointError for the first tensor whose type puna cannot read, so that opening tells."""
     for name in names:
         try:
             _ = tensors[name].format

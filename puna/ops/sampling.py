@@ -1,8 +1,8 @@
 """Sampling: from logits to one token a row. The NumPy reference; every other sampler must agree.
 
 Order: penalties, temperature, top-k, top-p, min-p, draw. Every row is computed alone, and its draw
-is keyed by (seed, stream, position, token), so neither the batch nor the order of arrival changes it.
-Knows rows and arrays only, no sequences.
+is keyed by (seed, stream, position, token), so neither the batch nor the order of arrival changes
+it. Knows rows and arrays only, no sequences.
 
 Shape suffixes: L rows, V vocabulary, C pairs of (row, token the row's sequence already has), K most
 alternatives asked for.
@@ -26,8 +26,8 @@ class SamplingBatch:
     """What each row of logits is sampled with; neutral values as in SamplingParams.
 
     `num_logprobs_L` is -1 for rows that want no logprobs. The C pairs exist only for rows with
-    penalties: `seen_counts_C` is how often the sequence generated the token, 0 for a token that only
-    its prompt has.
+    penalties: `seen_counts_C` is how often the sequence generated the token, 0 for a token that
+    only its prompt has.
 
     """
 
@@ -55,8 +55,8 @@ class SamplingBatch:
 class SampleResult:
     """One token a row. Logprobs are of the raw logits, before penalties and temperature.
 
-    `logprobs_L` is NaN in rows that did not ask. `top_ids_LK` are the most likely tokens, best first;
-    a row that asked for fewer than K has as many as it asked for, then -1.
+    `logprobs_L` is NaN in rows that did not ask. `top_ids_LK` are the most likely tokens, best
+    first; a row that asked for fewer than K has as many as it asked for, then -1.
 
     """
 

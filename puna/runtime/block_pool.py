@@ -1,12 +1,13 @@
 """BlockPool: which blocks of the KV cache are free, shared, or hold a prefix worth keeping.
 
 Counts references and finds cached prefixes. Knows block numbers and token ids only: neither what a
-block holds on the device nor why a sequence wants one. Block 0 is the null block that padding points
-to; it is never handed out.
+block holds on the device nor why a sequence wants one. Block 0 is the null block that padding
+points to; it is never handed out.
 
-The prefix cache needs no hash of its own. Content that is registered gets a serial number, and a full
-block is found by (serial of the block before it, its tokens). A block that is computed again gets a
-new serial, so what followed its old content can never match: it is merely waiting to be evicted.
+The prefix cache needs no hash of its own. Content that is registered gets a serial number, and a
+full block is found by (serial of the block before it, its tokens). A block that is computed again
+gets a new serial, so what followed its old content can never match: it is merely waiting to be
+evicted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Executor: the loop that takes requests in and lets a session run their steps.
 
 Decides what a request needs before it is scheduled (defaults, end tokens, a seed) and what happens
-when a step fails. Knows no text, no arrays and no device. A step is `submit` then `collect`; they are
-apart so that a later version can plan a step while the one before it runs.
+when a step fails. Knows no text, no arrays and no device. A step is `submit` then `collect`; they
+are apart so that a later version can plan a step while the one before it runs.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class Executor:
 
 
 def _token_id(value: object) -> int:
-    # NumPy's integers are welcome; what is wrong about others is told before it becomes a TypeError.
+    # NumPy's integers are welcome; what is wrong about others is told before it becomes a
+    # TypeError.
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     index = getattr(value, "__index__", None)

@@ -1,11 +1,11 @@
 """Lowering: from the scheduler's integers to the arrays that the model and the sampler read.
 
-Each session has one `Lowering`. It mirrors the sequences from the deltas of the StepPlans, so that a
-plan stays small and a step's arrays are made without a loop over decoding sequences. This is the only
-file that knows both a StepPlan and a ForwardBatch; it knows no device.
+Each session has one `Lowering`. It mirrors the sequences from the deltas of the StepPlans, so that
+a plan stays small and a step's arrays are made without a loop over decoding sequences. This is the
+only file that knows both a StepPlan and a ForwardBatch; it knows no device.
 
-Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, M most blocks a sequence,
-R rows of the mirror (one a sequence, in no order), C pairs of (row, token seen).
+Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, M most blocks a
+sequence, R rows of the mirror (one a sequence, in no order), C pairs (of blocks; of row and token).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is asked of the runtime (Request, SamplingParams) and what it answers (RequestOutput).
 
-Decides which parameters are legal and when a sequence is finished by a token or by its length. Knows
-no text: stop strings are carried here but tested in `puna.llm`, which has the tokenizer.
+Decides which parameters are legal and when a sequence is finished by a token or by its length.
+Knows no text: stop strings are carried here but tested in `puna.llm`, which has the tokenizer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ Status = Literal["waiting", "running", "finished"]
 class SamplingParams:
     """The user's choices for one prompt. None takes the engine's default, else the neutral value.
 
-    `max_new_tokens` None: as many as the engine has room for. `temperature` 0: greedy, which is also
-    the neutral value. `top_k` 0, `top_p` 1, `min_p` 0 and penalties of 1, 0 and 0 switch a filter off.
-    `logprobs`: None for no logprobs, else how many alternatives beside the chosen token. `n`: how
-    many independent continuations. `ignore_eos` leaves `stop` and `stop_token_ids` in force.
+    `max_new_tokens` None: as many as the engine has room for. `temperature` 0: greedy, which is
+    also the neutral value. `top_k` 0, `top_p` 1, `min_p` 0 and penalties of 1, 0 and 0 switch a
+    filter off. `logprobs`: None for no logprobs, else how many alternatives beside the chosen
+    token. `n`: how many independent continuations. `ignore_eos` leaves `stop` and `stop_token_ids`
+    in force.
 
     >>> SamplingParams(stop="END").stop
     ('END',)
@@ -65,23 +66,19 @@ class SamplingParams:
         if self.max_new_tokens is not None:
             _check_int("max_new_tokens", self.max_new_tokens, 1)
         if self.temperature is not None:
-            _check_float("temperature", self.temperature, 0.0, math.inf)
+            _check_float("temperature", self.temperature, 0.0, 100.0)
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 0)
+            _check_int("top_k", self.top_k, 0, 2**31 - 1)
         if self.top_p is not None:
             _check_float("top_p", self.top_p, 0.0, 1.0)
         if self.min_p is not None:
             _check_float("min_p", self.min_p, 0.0, 1.0)
         if self.repetition_penalty is not None:
-            _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-            if self.repetition_penalty == 0:
-                raise RequestError(
-                    "repetition_penalty is 0; it must be above 0 (1 switches it off)"
-                )
+            _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0)
+            _check_int("logprobs", self.logprobs, 0, 2**31 - 1)
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
         """Return a copy in which no sampling field is None.
@@ -159,8 +156,8 @@ class Sequence:
     """One continuation: the tokens known so far, how many of them are in the KV cache, and where.
 
     The scheduler's whole task is to let `num_computed` catch up with `len(token_ids)`. Once it has,
-    `is_decoding` holds and the sequence gains one token a step. `followers` are the sequences of the
-    same request that wait for this one to compute their common prompt.
+    `is_decoding` holds and the sequence gains one token a step. `followers` are the sequences of
+    the same request that wait for this one to compute their common prompt.
     """
 
     __slots__ = (
@@ -293,5 +290,4 @@ def _check_float(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise RequestError(f"{name} is {value!r}; it must be a finite number")
     if not low <= value <= high:
-        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise RequestError(f"{name} is {value}; it must be {bound}")
+        raise RequestError(f"{name} is {value}; it must be between {low:g} and {high:g}")

@@ -1,8 +1,8 @@
 """Scheduler: which tokens of which sequences the next step computes, and in which blocks.
 
 There are no phases. Every sequence knows some tokens and has computed some of them; a step lets the
-computed tokens catch up. Prefill, chunked prefill, decode, and resuming after preemption are this one
-loop. Decides order, budget and memory; knows no arrays, no text, and no model.
+computed tokens catch up. Prefill, chunked prefill, decode, and resuming after preemption are this
+one loop. Decides order, budget and memory; knows no arrays, no text, and no model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Scheduler:
     """Owns the waiting and the running sequences. Call `plan` and `commit` in turn.
 
     A step computes at most `max_num_tokens` tokens of at most `max_batch_size` sequences, and at
-    most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only decode
-    can run out of blocks; then the sequence that joined last is preempted: it gives up its blocks and
-    waits, first in line, to compute its tokens again.
+    most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only
+    decode can run out of blocks; then the sequence that joined last is preempted: it gives up its
+    blocks and waits, first in line, to compute its tokens again.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class Scheduler:
             self.running.remove(seq)
             self._release(seq)
         seq.status, seq.finish_reason = "finished", "abort"
-        self._start_followers(seq)
+        self._queue_first(seq.followers)
+        seq.followers = []
 
     def reset(self) -> None:
         """End everything, prefix cache included: a step broke off, so nothing can be trusted."""
@@ -192,6 +193,7 @@ class Scheduler:
         logprobs = iter(result.logprobs)
         prompt_logits = {p.seq_id: (p.start, p.logits) for p in result.prompt_logits}
         block_size = self.pool.block_size
+        ready: list[Sequence] = []
         has_finished = False
         for seq in self.running:
             num_tokens = 1 if seq.is_decoding else chunks.get(seq.id, 0)
@@ -207,13 +209,15 @@ class Scheduler:
                 continue
             if not seq.is_decoding:
                 seq.is_decoding = True
-                self._start_followers(seq)
+                ready += seq.followers
+                seq.followers = []
             added = seq.append(next(tokens))
             logprob: TokenLogprob | None = next(logprobs, None)
             details = () if logprob is None else (logprob,)
             events.append(SequenceEvent(seq, added, details, seq.finish_reason, logits))
             has_finished = has_finished or seq.finish_reason is not None
         assert next(tokens, None) is None, "more tokens than sequences that sampled"
+        self._queue_first(ready)
 
         if has_finished:
             for seq in self.running:
@@ -308,10 +312,9 @@ class Scheduler:
             tokens = seq.token_ids[i * block_size : (i + 1) * block_size]
             self.pool.register(seq.block_ids[i], parent, tokens)
 
-    def _start_followers(self, seq: Sequence) -> None:
-        """Queue the sequences that waited for the prompt of `seq`, before all that came later."""
-        self.waiting.extendleft(reversed(seq.followers))
-        seq.followers = []
+    def _queue_first(self, followers: list[Sequence]) -> None:
+        """Queue sequences whose prompt is computed before all that came later."""
+        self.waiting.extendleft(reversed(followers))
 
 
 def _join(seq: Sequence) -> Join:

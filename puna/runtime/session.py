@@ -23,6 +23,7 @@ from puna.engine import (
     RankFile,
     RankMemory,
     RankWeight,
+    check_rank_file,
     rank_file,
     rank_file_name,
     rank_weights,
@@ -320,16 +321,9 @@ def _nothing() -> None:
 
 def _map(path: Path, layout: RankFile) -> tuple[dict[str, Array], Callable[[], None]]:
     """Arrays over a memory map of the rank's file; two processes share its pages."""
+    check_rank_file(path, layout)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != layout.num_bytes:
-            raise EngineError(
-                f"{path} has {size:,} bytes, its config says {layout.num_bytes:,}: "
-                "rebuild the engine"
-            )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if mapped[: len(layout.header)] != layout.header:
-        raise EngineError(f"{path} belongs to another {path.parent.name}: rebuild the engine")
     return _views(np.frombuffer(mapped, np.uint8), layout), _nothing
 
 

@@ -1,8 +1,8 @@
 """The wire between the executor and its sessions: StepPlan goes down, StepResult comes back.
 
-A StepPlan is a delta. Every session mirrors the sequences (see `puna.runtime.lower`) and a plan says
-only what changed. It never carries the token that a running sequence sampled, because each session
-has it already: step n + 1 can be planned, and sent to other ranks, while step n runs.
+A StepPlan is a delta. Every session mirrors the sequences (see `puna.runtime.lower`) and a plan
+says only what changed. It never carries the token that a running sequence sampled, because each
+session has it already: step n + 1 can be planned, and sent to other ranks, while step n runs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class StepPlan:
 
     A sequence is *decoding* from the step on in which its computed tokens have caught up with its
     known ones, until it leaves. Decoding sequences compute their last token in every step and are
-    never listed; of the others, those in `prefills` compute their next `num_tokens` and the rest are
-    idle. A sequence that has caught up at the end of a step samples one token in it.
+    never listed; of the others, those in `prefills` compute their next `num_tokens` and the rest
+    are idle. A sequence that has caught up at the end of a step samples one token in it.
     """
 
     reset: bool = False  # forget all sequences: the step before was not completed
@@ -51,7 +51,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogits:
-    """Logits of consecutive prompt positions, as an array only the caller of `logits` looks into."""
+    """Logits of consecutive prompt positions, as an array only the caller of `logits` looks
+    into."""
 
     seq_id: int
     start: int

@@ -36,9 +36,10 @@ class SentencePieceCodec:
             if model.is_control(i) or model.is_unknown(i)
         }
         self._added.update(added)
-        self._added_ids = {token.content: i for i, token in self._added.items()}
+        added_ids = {token.content: i for i, token in self._added.items()}
+        self._ids = {piece: i for i, piece in enumerate(pieces)} | added_ids
         self._always = _pattern(t.content for t in self._added.values() if not t.special)
-        self._parsed = _pattern(self._added_ids)
+        self._parsed = _pattern(added_ids)
         self.vocab_size = max([size, *(i + 1 for i in added)])
         self.strips_space = model.normalize("a").startswith(SPACE)
 
@@ -63,7 +64,7 @@ class SentencePieceCodec:
         ids = []
         for i, part in enumerate(pattern.split(text)):
             if i % 2:
-                ids.append(self._added_ids[part])
+                ids.append(self._ids[part])
             elif part:
                 ids += self._encode(part)
         return ids
@@ -78,10 +79,7 @@ class SentencePieceCodec:
         return added is not None and added.special
 
     def token_id(self, token: str) -> int | None:
-        if (added := self._added_ids.get(token)) is not None:
-            return added
-        found = self._model.piece_to_id(token)
-        return None if self._model.is_unknown(found) else found
+        return self._ids.get(token)
 
     def _encode(self, text: str) -> list[int]:
         with native_errors("the tokenizer failed on the text"):

@@ -1,4 +1,4 @@
-"""build: stream a checkpoint into an engine directory.
+"""builder: stream a checkpoint into an engine directory.
 
 Load a few rows, shard, quantise, pack, write; then digest, and rename the finished directory to its
 name. Peak memory is a few chunks a worker, whatever the model's size. What is built was decided by
@@ -17,15 +17,15 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from collections.abc import Mapping as MappingABC
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event, Lock
 from typing import Protocol
 
-from puna.checkpoint import Checkpoint
+from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.engine import (
     CONFIG_FILE,
     TOKENIZER_DIR,
@@ -44,6 +44,7 @@ from puna.manifest import CHUNK_BYTES, MANIFEST_FILE, read_manifest, write_manif
 from puna.memory import available_bytes, human_bytes
 from puna.plan import BuildConfig, CheckpointFacts, plan
 from puna.shard import CHUNK_WEIGHTS, rank_rows
+from puna.version import puna_version
 from puna.weights import checkpoint_weights
 
 # Chunk as loaded, as float32, scaled, and packed: about 28 bytes a weight at the peak, measured
@@ -65,13 +66,6 @@ class BuildResult:
 
     path: Path
     config: EngineConfig
-
-
-def puna_version() -> str:
-    try:
-        return version("puna")
-    except PackageNotFoundError:
-        return "source tree"
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -121,24 +115,42 @@ def plan_checkpoint(
 
 
 def build(
-    checkpoint: Checkpoint,
+    checkpoint: str | Path | Checkpoint,
     out: str | Path,
     config: BuildConfig | None = None,
     *,
     workers: int | None = None,
     force: bool = False,
     materialize: bool = False,
-    tokenizer: dict[str, bytes] | None = None,
+    tokenizer: MappingABC[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Build an engine of `checkpoint` at `out`.
+    """Build an engine at `out`.
 
-    `workers` threads share the tensors of all ranks (default: the CPUs of this machine). `force`
-    replaces an engine at `out`, and nothing else. `materialize` writes dummy weights out instead of
-    their recipe. `tokenizer` gives the files of the engine's tokenizer in place of the
-    checkpoint's. Raises PunaError for what the user can mend; whatever happens, `out` is a whole
-    engine or what it was before.
-    """
+    `checkpoint` is a directory (Hugging Face or Meta), a .gguf file, a hub id, or an open
+    Checkpoint, which stays open. `workers` threads share the tensors of all ranks (default: the
+    CPUs of this machine). `force` replaces an engine at `out`, and nothing else. `materialize`
+    writes dummy weights out instead of their recipe. `tokenizer` gives the files of the engine's
+    tokenizer in place of the checkpoint's. Raises PunaError for what the user can mend; whatever
+    happens, `out` is a whole engine or what it was before."""
+    if not isinstance(checkpoint, (str, Path)):
+        return _build(
+            checkpoint, Path(out), config, workers, force, materialize, tokenizer, progress
+        )
+    with closing(open_checkpoint(checkpoint)) as opened:
+        return _build(opened, Path(out), config, workers, force, materialize, tokenizer, progress)
+
+
+def _build(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: BuildConfig | None,
+    workers: int | None,
+    force: bool,
+    materialize: bool,
+    tokenizer: MappingABC[str, bytes] | None,
+    progress: Progress | None,
+) -> BuildResult:
     out = Path(os.path.abspath(out))
     planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
     _check_output(out, force)
@@ -160,7 +172,7 @@ def _write(
     planned: EngineConfig,
     checkpoint: Checkpoint,
     sources: list[Path],
-    tokenizer: dict[str, bytes],
+    tokenizer: MappingABC[str, bytes],
     workers: int,
     bar: _Bar,
 ) -> EngineConfig:

@@ -1,0 +1,88 @@
+"""`puna inspect` and `puna verify`: what an engine is, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from puna.cli.build import print_plan
+from puna.cli.progress import byte_bar
+
+
+def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what an engine is",
+        description="Say what an engine is: model, formats, limits, memory, where it came from.",
+        parents=[parent],
+    )
+    inspect.add_argument("engine", metavar="DIR")
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+    inspect.set_defaults(handler=run_inspect)
+    verify = commands.add_parser(
+        "verify",
+        help="check every byte of an engine",
+        description="Check that every file of an engine, of all ranks, is what the build wrote.",
+        parents=[parent],
+    )
+    verify.add_argument("engine", metavar="DIR")
+    verify.set_defaults(handler=run_verify)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from puna.engine import read_config
+
+    path = Path(args.engine)
+    config = read_config(path)
+    if args.json:
+        print(json.dumps(config.to_json()))
+        return 0
+    spec, provenance = config.spec, config.provenance
+    print(f"{path}: engine format {config.format_version}, built by puna {provenance.puna_version}")
+    print(f"source  {provenance.source} ({provenance.kind})")
+    print(
+        f"model   {spec.num_layers} layers, hidden {spec.hidden_size}, {spec.num_heads} heads, "
+        f"{spec.num_kv_heads} KV heads of {spec.head_dim}, ffn {spec.intermediate_size}, "
+        f"vocabulary {spec.vocab_size}"
+    )
+    counts: dict[str, int] = {}
+    for weight in config.weights.values():
+        counts[weight.format] = counts.get(weight.format, 0) + 1
+    formats = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    print(f"tensors {formats}")
+    print(f"ranks   {config.world_size} (tp {config.tp_size}, pp {config.pp_size})")
+    if config.dummy is not None:
+        print(f"weights generated when loaded (dummy, seed {config.dummy.seed})")
+    for note in provenance.notes:
+        print(f"note    {note}")
+    print()
+    print_plan(config)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from puna.engine import check_rank_file, rank_file, rank_file_name, read_config
+    from puna.manifest import check_files, read_manifest
+
+    path = Path(args.engine)
+    config = read_config(path)
+    manifest = read_manifest(path)
+    total = sum(file.size for file in manifest.files)
+    ranks = range(0 if config.dummy else config.world_size)
+    with byte_bar("verifying") as progress:
+        done = 0
+
+        def report(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress(done, total)
+
+        check_files(path, manifest, ranks, os.cpu_count() or 1, report)
+    for rank in ranks:
+        layout = rank_file(config, rank, config.digest())
+        check_rank_file(path / rank_file_name(rank), layout)
+    print(f"{path}: {len(manifest.files)} files, {total:,} bytes, all as built")
+    return 0

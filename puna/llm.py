@@ -1,0 +1,422 @@
+"""LLM: an engine as a Python object that takes text (or token ids) and returns text.
+
+Decides what happens to text: tokenisation, stop strings, what may be shown while streaming. Any
+number of prompts share the engine through in-flight batching, and streams may be read while other
+prompts run. Knows nothing of blocks, batches or devices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from puna.engine import TOKENIZER_DIR
+from puna.errors import RequestError
+from puna.quant import Array
+from puna.runtime.block_pool import BlockPool
+from puna.runtime.executor import Executor
+from puna.runtime.request import (
+    Completion,
+    Delta,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceEvent,
+    TokenLogprob,
+)
+from puna.runtime.scheduler import Scheduler
+from puna.runtime.session import Session
+from puna.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+Messages = list[dict[str, str]]
+
+
+class LLM:
+    """An engine, loaded. A context manager; not for several threads at once.
+
+    `tokenizer` names a directory to take the tokenizer from instead of the engine's, and
+    `chat_template` is Jinja text that replaces its template. `max_batch_size` and `max_num_tokens`
+    lower the engine's own limits.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        *,
+        device: str = "auto",
+        kv_cache_bytes: int | None = None,
+        threads: int | None = None,
+        tokenizer: str | Path | None = None,
+        chat_template: str | None = None,
+        prefix_cache: bool = True,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+    ) -> None:
+        session = Session.open(
+            engine_dir,
+            device=device,
+            kv_cache_bytes=kv_cache_bytes,
+            threads=threads,
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+        )
+        try:
+            self.config = session.config
+            limits, generation = self.config.limits, self.config.generation
+            self.tokenizer = _find_tokenizer(session.engine_dir, tokenizer, chat_template)
+            if self.tokenizer and not generation.eos_token_ids:
+                generation = replace(generation, eos_token_ids=self.tokenizer.eos_token_ids)
+            scheduler = Scheduler(
+                BlockPool(session.num_blocks, session.block_size, prefix_cache),
+                max_batch_size=limits.max_batch_size,
+                max_num_tokens=limits.max_num_tokens,
+                max_seq_len=limits.max_seq_len,
+                vocab_size=self.config.spec.vocab_size,
+            )
+        except BaseException:
+            session.close()
+            raise
+        self.session: Session | None = session
+        self.executor = Executor(session, scheduler, generation)
+        self._jobs: dict[int, _Job] = {}  # by request id
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many; return one output a prompt, in order.
+
+        A prompt is text or a list of token ids. `params` are for all prompts, or one for each.
+        """
+        encoded = [self._encode(prompt) for prompt in _as_prompts(prompts)]
+        return self._run(encoded, _one_for_each(params, len(encoded)))
+
+    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation of {"role", "content"} messages."""
+        return self._run([self._encode_chat(messages)], [params or SamplingParams()])[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continue one prompt and yield what is new as it comes; closing the iterator aborts."""
+        return self._stream(self._encode(prompt), params or SamplingParams())
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Answer a conversation and yield what is new as it comes."""
+        return self._stream(self._encode_chat(messages), params or SamplingParams())
+
+    def logits(self, token_ids: Sequence[int], num_prefill: int | None = None) -> Array:
+        """Return float32 [T, V]: what the engine computes for each position of `token_ids`.
+
+        The tokens from `num_prefill` on are computed one a step, as decode would. The prefix cache
+        is not used.
+        """
+        if num_prefill is not None and not 1 <= num_prefill <= max(1, len(token_ids)):
+            raise RequestError(
+                f"num_prefill is {num_prefill}; it must be between 1 and the number of tokens, "
+                f"{len(token_ids)}"
+            )
+        request = self._open_executor().add_request(
+            token_ids, want_prompt_logits=True, num_prefill=num_prefill
+        )
+        job = self._start(request)
+        try:
+            self._finish(job)
+        finally:
+            self._drop(job)
+        logits_TV = np.concatenate(job.prompt_logits)
+        assert len(logits_TV) == len(token_ids), f"{len(logits_TV)} rows of logits"
+        return logits_TV
+
+    def close(self) -> None:
+        """Abort what is running and let go of the engine's memory. May be called twice."""
+        session, self.session = self.session, None
+        if session is None:
+            return
+        self.executor.reset()
+        self._abort_jobs()
+        session.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_executor(self) -> Executor:
+        if self.session is None:
+            raise RequestError("this LLM is closed; open the engine again")
+        return self.executor
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            if not hasattr(prompt, "__iter__"):
+                raise RequestError(f"the prompt is {prompt!r}; it must be text or token ids")
+            return prompt
+        _check_unicode(prompt)
+        return self._need_tokenizer("text").encode(prompt)
+
+    def _encode_chat(self, messages: Messages) -> list[int]:
+        return self._need_tokenizer("a conversation").apply_chat_template(messages)
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"the engine has no tokenizer, which {what} needs: pass token ids, or a tokenizer "
+                "directory (tokenizer=DIR, --tokenizer DIR)"
+            )
+        return self.tokenizer
+
+    def _run(
+        self, prompts: list[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        executor = self._open_executor()
+        jobs: list[_Job] = []
+        try:
+            for i, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
+                self._check_stop(prompt_params)
+                try:
+                    jobs.append(self._start(executor.add_request(prompt, prompt_params)))
+                except RequestError as error:
+                    where = f"prompt {i}: " if len(prompts) > 1 else ""
+                    raise RequestError(f"{where}{error}") from None
+            for job in jobs:
+                self._finish(job)
+        finally:
+            for job in jobs:
+                self._drop(job)
+        return [job.output() for job in jobs]
+
+    def _stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Delta]:
+        """Check what can be checked now; the request itself starts with the first `next`."""
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}; streaming takes 1 (generate takes any)")
+        self._check_stop(params)
+        self._open_executor()
+        return self._deltas(prompt, params)
+
+    def _deltas(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Delta]:
+        job = self._start(self._open_executor().add_request(prompt, params))
+        job.deltas = deque()
+        try:
+            while job.deltas or not job.is_finished:
+                if job.deltas:
+                    yield job.deltas.popleft()
+                else:
+                    self._step()
+        finally:
+            self._drop(job)
+
+    def _check_stop(self, params: SamplingParams) -> None:
+        if params.stop:
+            self._need_tokenizer("a stop string")
+
+    def _start(self, request: Request) -> _Job:
+        job = _Job(request, self.tokenizer)
+        self._jobs[request.id] = job
+        return job
+
+    def _finish(self, job: _Job) -> None:
+        while not job.is_finished:
+            self._step()
+
+    def _drop(self, job: _Job) -> None:
+        """Forget a request, ending it if it still runs."""
+        if self._jobs.pop(job.request.id, None) and not job.is_finished:
+            self.executor.abort(job.request)
+
+    def _step(self) -> None:
+        """Run one step for all requests and hand each its part."""
+        try:
+            for event in self._open_executor().step():
+                job = self._jobs[event.sequence.request.id]
+                if job.take(event) and event.finish_reason is None:
+                    self.executor.abort_sequence(event.sequence)  # at a stop string
+        except BaseException:
+            # A failed step has ended every request in the executor, also those of other streams.
+            self.executor.reset()
+            self._abort_jobs()
+            raise
+
+    def _abort_jobs(self) -> None:
+        for job in self._jobs.values():
+            job.abort()
+        self._jobs.clear()
+
+
+class _Job:
+    """A request on its way: the text and tokens of each of its sequences so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.parts = [_Part(tokenizer, request.params) for _ in request.sequences]
+        self.deltas: deque[Delta] | None = None  # filled for a stream only
+        self.prompt_logits: list[Array] = []  # of consecutive positions
+        self.num_unfinished = len(self.parts)
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.num_unfinished
+
+    def take(self, event: SequenceEvent) -> bool:
+        """Add what a step brought to one sequence; whether the sequence is finished now."""
+        part = self.parts[event.sequence.index]
+        if event.prompt_logits is not None:
+            start, logits = event.prompt_logits
+            assert isinstance(logits, np.ndarray), type(logits)
+            if start == 0:  # perhaps again, after a preemption
+                self.prompt_logits.clear()
+            self.prompt_logits.append(logits)
+            if not event.token_ids and event.finish_reason is None:
+                return False
+        delta = part.take(event)
+        if delta.finish_reason is not None:
+            self.num_unfinished -= 1
+        if self.deltas is not None:
+            self.deltas.append(delta)
+        return delta.finish_reason is not None
+
+    def abort(self) -> None:
+        for part in self.parts:
+            part.finish_reason = part.finish_reason or "abort"
+        if self.deltas is not None and not self.is_finished:
+            self.deltas.append(Delta("", (), "abort"))
+        self.num_unfinished = 0
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            self.request.prompt_token_ids, tuple(part.completion() for part in self.parts)
+        )
+
+
+class _Part:
+    """One sequence's text and tokens."""
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        self._text = TextStream(tokenizer, params.stop) if tokenizer else None
+        self._pieces: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.finish_reason: FinishReason | None = None
+
+    def take(self, event: SequenceEvent) -> Delta:
+        reason = event.finish_reason
+        self._token_ids += event.token_ids
+        if self._logprobs is not None:
+            self._logprobs += event.logprobs
+        text = ""
+        if self._text is not None:
+            # The token that ends a sequence is not part of its text.
+            shown = event.token_ids[:-1] if reason == "stop" else event.token_ids
+            text = "".join(map(self._text.add, shown))
+            if reason is not None:
+                text += self._text.finish()
+            if self._text.is_stopped:
+                reason = "stop"
+        self._pieces.append(text)
+        self.finish_reason = reason
+        logprobs = None if self._logprobs is None else event.logprobs
+        return Delta(text, event.token_ids, reason, logprobs)
+
+    def completion(self) -> Completion:
+        return Completion(
+            text="".join(self._pieces),
+            token_ids=tuple(self._token_ids),
+            finish_reason=self.finish_reason or "abort",
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+        )
+
+
+class TextStream:
+    """Text as it comes, up to the first stop string; what might begin one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = stop
+        self._held = ""
+        self.is_stopped = False
+
+    def add(self, token_id: int) -> str:
+        """Return the text that can be shown now that `token_id` has come."""
+        return self._show(self._detokenizer.add(token_id))
+
+    def finish(self) -> str:
+        """Return what was held back; no more tokens will come."""
+        return self._show(self._detokenizer.finish(), is_last=True)
+
+    def _show(self, piece: str, is_last: bool = False) -> str:
+        if self.is_stopped:
+            return ""
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [i for stop in self._stop if (i := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            return text[: min(found)]
+        num_shown = len(text) if is_last else len(text) - self._num_held(text)
+        self._held = text[num_shown:]
+        return text[:num_shown]
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        for size in range(longest, 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+
+def _find_tokenizer(
+    engine_dir: Path, directory: str | Path | None, chat_template: str | None
+) -> Tokenizer | None:
+    """Load the tokenizer of `directory`, else the engine's; None if it has none."""
+    own = engine_dir / TOKENIZER_DIR
+    if directory is None and not own.is_dir():
+        return None
+    return load_tokenizer(Path(directory or own), chat_template)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """One prompt or many: a lone text or a flat list of token ids is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and hasattr(many[0], "__index__") else many
+
+
+def _one_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(
+            f"found {len(params)} sampling parameters for {num_prompts} prompts; give one, or one "
+            "for each prompt"
+        )
+    return params
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character "
+            f"{error.start}; it must be valid Unicode"
+        ) from None
