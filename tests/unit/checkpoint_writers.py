@@ -1,6 +1,7 @@
 """Writes one tiny model in every published form, for the tests of the readers.
 
-Knows the formats from the writers' side (torch.save, safetensors, gguf.GGUFWriter), never through puna.
+Knows the formats from the writers' side (torch.save, safetensors, gguf.GGUFWriter), never through
+puna.
 """
 
 from __future__ import annotations
@@ -233,8 +234,8 @@ def write_gguf(
     extra: Weights | None = None,
     **changes: Any,
 ) -> Path:
-    """`types` is one GGML type for all matrices or one by name; `changes` are `llama.*` keys or,
-    with a dot in them, whole keys; None removes a key."""
+    """`types` is one GGML type for all matrices or one by name; `changes` are keys, of `llama.*`
+    where they begin with no known word; None removes a key."""
     from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
     writer = GGUFWriter(path, changes.pop("architecture", "llama"))
@@ -252,7 +253,8 @@ def write_gguf(
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-    keys |= {(k if "." in k else f"llama.{k}"): v for k, v in changes.items()}
+    whole = ("llama.", "tokenizer.", "general.", "split.")
+    keys |= {(k if k.startswith(whole) else f"llama.{k}"): v for k, v in changes.items()}
     for key, value in keys.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

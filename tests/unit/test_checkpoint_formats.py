@@ -28,7 +28,9 @@ def assert_holds(checkpoint: Checkpoint, weights: dict[str, np.ndarray]) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("form", "num_files"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)])
+@pytest.mark.parametrize(
+    ("form", "num_files"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)]
+)
 def test_hf(tmp_path: Path, dtype: str, form: str, num_files: int) -> None:
     weights = tiny_weights(DTYPES[dtype])
     found = open_checkpoint(str(write_hf(tmp_path, weights, form, num_files)))
@@ -48,7 +50,9 @@ def test_meta(tmp_path: Path, dtype: str, num_shards: int, is_embed_by_rows: boo
     assert_holds(found, weights)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")]
+)
 def test_gguf(tmp_path: Path, kind: str, dtype: str) -> None:
     weights = {
         name: array.astype(DTYPES[dtype]) if array.ndim == 2 else array
@@ -73,11 +77,9 @@ def test_biases(tmp_path: Path) -> None:
     assert_holds(gguf, weights)
 
 
-@pytest.mark.parametrize("form", ["hf", "bin", "meta1", "meta4", "gguf", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("form", ["hf", "bin", "meta1", "meta4", "gguf", "Q8_0"])
 def test_slices_are_slices_of_the_whole(tmp_path: Path, form: str) -> None:
     weights = tiny_weights()
-    if form == "Q4_K":
-        pytest.skip("columns of the tiny model are no multiple of 256; see test_checkpoint_gguf")
     if form in ("hf", "bin"):
         path = write_hf(tmp_path, weights, "safetensors" if form == "hf" else "bin")
     elif form.startswith("meta"):
@@ -132,5 +134,5 @@ def test_two_ggufs(tmp_path: Path) -> None:
 
 def test_unknown_tensor_name(tmp_path: Path) -> None:
     found = open_checkpoint(str(write_hf(tmp_path, tiny_weights())))
-    with pytest.raises(CheckpointError, match="has no tensor layers.9"):
+    with pytest.raises(CheckpointError, match=r"has no tensor layers\.9"):
         found.load("layers.9.attn.q.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from puna.checkpoint import open_checkpoint
 from puna.checkpoint.fields import Fields
 from puna.checkpoint.hf_config import read_spec
 from puna.errors import CheckpointError
+from puna.rope import rope_tables
 from puna.spec import ModelSpec, RopeSpec
 
 LLAMA3 = {
@@ -72,26 +74,17 @@ def test_both_spellings_of_rope() -> None:
     ],
 )
 def test_rope_as_transformers_reads_it(changes: dict[str, Any]) -> None:
-    """Angles, not parameters: what transformers makes of the config is what puna's spec must mean."""
+    """Cosines, not parameters: what transformers makes of the config is what the spec must mean."""
     torch = pytest.importorskip("torch")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    rope = pytest.importorskip("puna.rope")
     if "rope_scaling" in changes:
         scaling = {k: v for k, v in changes["rope_scaling"].items() if v is not None}
         changes = {**changes, "rope_scaling": scaling}
     config = json.loads(json.dumps(hf_config(**changes)))  # transformers changes what it is given
-    spec = spec_of(**changes)
-    theirs = llama.LlamaConfig(**config).rope_parameters
-    assert spec.rope.theta == theirs["rope_theta"]
-    assert spec.rope.type == theirs["rope_type"]
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim"):
-        if key in theirs:
-            assert getattr(spec.rope, key) == theirs[key]
-    if "original_max_position_embeddings" in theirs:
-        assert spec.rope.original_max_position_embeddings == theirs["original_max_position_embeddings"]
-    if spec.rope.type == "dynamic":
-        assert spec.rope.original_max_position_embeddings == SPEC.max_position_embeddings
-    del torch, rope
+    rotary = llama.LlamaRotaryEmbedding(llama.LlamaConfig(**config))
+    theirs, _ = rotary(torch.zeros(1), torch.arange(300)[None])
+    ours, _ = rope_tables(spec_of(**changes).rope, SPEC.head_dim, 300)
+    np.testing.assert_allclose(ours, theirs[0, :, : SPEC.head_dim // 2], atol=2e-5)
 
 
 def test_config_defaults() -> None:
@@ -118,9 +111,9 @@ def test_dtype_spellings_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "this is 'MistralForCausalLM'; puna builds LlamaForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"]}, "this is 'MistralForCausalLM'; puna builds Llama"),
         ({"architectures": None, "model_type": "qwen2"}, "this is 'qwen2'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \('gptq'\).*use the unquantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \('gptq'\).*the unquantised"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization_config": {}}, "of unknown method"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; puna has silu only"),
@@ -144,7 +137,7 @@ def test_dtype_spellings_do_not_matter() -> None:
 )  # fmt: skip
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     text = refusal(**changes)
-    assert __import__("re").search(message, text), text
+    assert re.search(message, text), text
     assert text.startswith("config.json: ")
 
 
@@ -221,7 +214,9 @@ def test_overlapping_tensors(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize(("keep", "message"), [(0, "is empty"), (4, "cut short"), (200, "cut short"), (-1, "cut short")])
+@pytest.mark.parametrize(
+    ("keep", "message"), [(0, "is empty"), (4, "cut short"), (200, "cut short"), (-1, "cut short")]
+)
 def test_cut_short(tmp_path: Path, keep: int, message: str) -> None:
     path = write_hf(tmp_path, tiny_weights()) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -229,7 +224,9 @@ def test_cut_short(tmp_path: Path, keep: int, message: str) -> None:
         open_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\xff"]
+)
 def test_malformed_json(tmp_path: Path, text: str) -> None:
     write_hf(tmp_path, tiny_weights())
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
@@ -245,7 +242,13 @@ def generation(tmp_path: Path, config: dict[str, Any] | None, **changes: Any) ->
 
 
 def test_generation_of_a_chat_model(tmp_path: Path) -> None:
-    config = {"eos_token_id": [7, 8], "bos_token_id": 3, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    config = {
+        "eos_token_id": [7, 8],
+        "bos_token_id": 3,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+    }
     found = generation(tmp_path, config)
     assert (found.eos_token_ids, found.bos_token_id) == ((7, 8), 3)
     assert (found.temperature, found.top_p, found.top_k) == (0.6, 0.9, None)
@@ -289,7 +292,10 @@ class RepositoryNotFoundError(Exception):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (Refused(), r"could not be read \(Refused\).*`hf download org/name --local-dir DIR`, and pass"),
+        (
+            Refused(),
+            r"could not be read \(Refused\).*`hf download org/name --local-dir DIR`, and pass",
+        ),
         (GatedRepoError(), "accept its licence.*hf auth login"),
         (RepositoryNotFoundError(), "has no such repository"),
     ],

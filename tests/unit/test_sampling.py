@@ -42,7 +42,7 @@ def assert_distribution(draws: np.ndarray, probs: np.ndarray) -> None:
     assert expected.min() > 5
     chi2 = ((counts[probs > 0] - expected) ** 2 / expected).sum()
     freedom = len(expected) - 1
-    assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), (chi2, freedom)
+    assert abs(chi2 - freedom) <= 5 * math.sqrt(2 * freedom), (chi2, freedom)
 
 
 LOGITS = np.log(np.array([0.3, 0.02, 0.18, 0.1, 0.25, 0.05, 0.1]))
@@ -64,7 +64,7 @@ def test_temperature(temperature: float):
         ({"top_k": 100}, range(7)),
         ({"top_k": 0}, range(7)),
         ({"top_p": 0.0}, [0]),
-        ({"top_p": 0.3}, [0]),
+        ({"top_p": 0.29}, [0]),
         ({"top_p": 0.31}, [0, 4]),
         ({"top_p": 0.74}, [0, 4, 2, 3]),  # of a tie, the lower id is first
         ({"top_p": 0.999}, range(7)),
