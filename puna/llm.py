@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -164,8 +165,8 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
-            if not hasattr(prompt, "__iter__"):
-                raise RequestError(f"the prompt is {prompt!r}; it must be text or token ids")
+            if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+                raise RequestError(f"the prompt is {prompt!r:.40}; it must be text or token ids")
             return prompt
         _check_unicode(prompt)
         return self._need_tokenizer("text").encode(prompt)
@@ -393,10 +394,10 @@ def _find_tokenizer(
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     """One prompt or many: a lone text or a flat list of token ids is one."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes)):
         return [prompts]
     many = list(prompts)
-    return [many] if many and hasattr(many[0], "__index__") else many
+    return [many] if many and isinstance(many[0], Integral) else many
 
 
 def _one_for_each(

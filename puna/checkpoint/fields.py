@@ -93,13 +93,13 @@ class Fields:
         return tuple(dict.fromkeys(ids))
 
 
-def brief(value: Any) -> str:
-    """repr cut to what fits in a one-line message."""
+def brief(value: Any, limit: int = 60) -> str:
+    """repr, cut to what fits in a one-line message."""
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python will print
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def read_json(path: Path) -> Fields:
@@ -109,7 +109,7 @@ def read_json(path: Path) -> Fields:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not valid JSON ({brief(str(error))}); download it again"
+            f"{path} is not valid JSON ({brief(str(error), 120)}); download it again"
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {brief(value)}; it must be a JSON object")

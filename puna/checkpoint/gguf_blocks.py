@@ -32,14 +32,14 @@ class BlockFormat:
 
 def unpack_rows(rows_NR: Array, kind: BlockFormat) -> QuantTensor:
     """uint8 [N, bytes a row] -> QuantTensor [N, K]."""
-    num_rows = rows_NR.shape[0]
-    blocks = np.ascontiguousarray(rows_NR).reshape(-1, kind.block_bytes)
-    q, scale, minimum = kind.unpack(blocks)
+    num_rows, blocks_a_row = rows_NR.shape[0], rows_NR.shape[1] // kind.block_bytes
+    q, scale, minimum = kind.unpack(np.ascontiguousarray(rows_NR).reshape(-1, kind.block_bytes))
+
+    def by_row(x: Array) -> Array:
+        return np.ascontiguousarray(x).reshape(num_rows, blocks_a_row * x.shape[1])
+
     return QuantTensor(
-        kind.format,
-        np.ascontiguousarray(q).reshape(num_rows, -1),
-        np.ascontiguousarray(scale).reshape(num_rows, -1),
-        None if minimum is None else np.ascontiguousarray(minimum).reshape(num_rows, -1),
+        kind.format, by_row(q), by_row(scale), None if minimum is None else by_row(minimum)
     )
 
 
@@ -50,8 +50,9 @@ def _half(blocks_BR: Array, at: int) -> Array:
 
 def _nibbles(packed_BR: Array, run: int) -> Array:
     """Runs of `run` bytes: the low nibbles are `run` numbers, the high ones the next `run`."""
-    runs = packed_BR.reshape(len(packed_BR), -1, run)
-    return np.stack((runs & 15, runs >> 4), axis=2).reshape(len(packed_BR), -1)
+    num_blocks, num_bytes = packed_BR.shape
+    runs = packed_BR.reshape(num_blocks, num_bytes // run, run)
+    return np.stack((runs & 15, runs >> 4), axis=2).reshape(num_blocks, 2 * num_bytes)
 
 
 def _fifth_bits(packed_BR: Array) -> Array:

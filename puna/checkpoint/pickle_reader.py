@@ -79,7 +79,7 @@ def read_torch_zip(path: Path) -> dict[str, DenseTensor]:
         state = machine.run(file.bytes(*records[pickles[0]]))
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: its pickle is damaged ({brief(str(error))}); download it again"
+            f"{path}: its pickle is damaged ({brief(str(error), 120)}); download it again"
         ) from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds {brief(type(state).__name__)}, not a dict of tensors")
@@ -110,7 +110,7 @@ def _records(file: MappedFile) -> dict[str, tuple[int, int]]:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise CheckpointError(
-            f"{file.path} is cut short or damaged ({brief(str(error))}); download it again"
+            f"{file.path} is cut short or damaged ({brief(str(error), 120)}); download it again"
         ) from None
     records = {}
     for info in infos:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence as ListLike
 from dataclasses import replace
 from itertools import count
+from numbers import Integral  # NumPy's integers are welcome too
 from typing import Protocol
 
 from puna.errors import RequestError
@@ -145,13 +146,8 @@ class Executor:
 
 
 def _token_id(value: object) -> int:
-    # NumPy's integers are welcome; what is wrong about others is told before it becomes a
-    # TypeError.
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    index = getattr(value, "__index__", None)
-    if isinstance(value, bool) or index is None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise RequestError(
-            f"the prompt holds {value!r}; it needs token ids, which are whole numbers"
+            f"the prompt holds {value!r:.40}; it needs token ids, which are whole numbers"
         )
-    return index()
+    return int(value)

@@ -158,6 +158,8 @@ class Session:
 
     def submit(self, plan: StepPlan) -> None:
         """Run one step; its result waits for `collect`."""
+        if plan.reset:
+            self._result = None  # of a step that was broken off before it was collected
         assert self._result is None, "collect the step before"
         step = self._lowering.lower(plan)
         if len(step.copies_C2):

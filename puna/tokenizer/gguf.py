@@ -8,7 +8,6 @@ what llama.cpp decides when it loads the same metadata; it reads no GGUF and enc
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from puna.tokenizer.gguf_pre import PRE_TOKENIZERS, PreTokenizer
 # Types of a token; GGUF took the numbers from sentencepiece's protobuf.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_TOKENS = 2**22
+MAX_SCORE = 2.0**127  # scores are float32
 MERGE_HINT = "the file is damaged, so get it again or pass --tokenizer DIR"
 
 
@@ -177,7 +177,7 @@ def _sentencepiece_model(vocabulary: _Vocabulary, metadata: Mapping[str, object]
     The scores decide the merges and ties go to the left, in sentencepiece as in llama.cpp.
     """
     scores = _list(metadata, "scores", float)
-    if len(scores) != len(vocabulary.tokens) or not all(map(math.isfinite, scores)):
+    if len(scores) != len(vocabulary.tokens) or not all(abs(s) < MAX_SCORE for s in scores):
         raise TokenizerError(
             f"the GGUF has {len(vocabulary.tokens)} tokens and {len(scores)} scores; every token "
             f"needs a finite one, so {MERGE_HINT}"

@@ -5,6 +5,7 @@ It knows the file names and the defaults of each kind, not how any of them cuts 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from puna.errors import TokenizerError
@@ -21,20 +22,16 @@ def load_tokenizer(directory: Path, chat_template: str | None = None) -> Tokeniz
     """
     directory = Path(directory)
     config = read_config(directory)
-    if (path := directory / "tokenizer.json").exists():
-        tokenizer = _load_hf(path, config)
-    elif (path := directory / "tokenizer.model").exists():
-        tokenizer = _load_model(path, config)
-    else:
-        raise TokenizerError(
-            f"{directory} has no tokenizer (tokenizer.json or tokenizer.model); "
-            "pass --tokenizer DIR with one that has"
-        )
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    elif config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
-    return tokenizer
+        config = replace(config, chat_template=chat_template)
+    if (path := directory / "tokenizer.json").exists():
+        return _load_hf(path, config)
+    if (path := directory / "tokenizer.model").exists():
+        return _load_model(path, config)
+    raise TokenizerError(
+        f"{directory} has no tokenizer (tokenizer.json or tokenizer.model); "
+        "pass --tokenizer DIR with one that has"
+    )
 
 
 def _load_hf(path: Path, config: TokenizerConfig) -> Tokenizer:
@@ -53,7 +50,7 @@ def _load_hf(path: Path, config: TokenizerConfig) -> Tokenizer:
         bos_token_id=bos,
         eos_token_ids=_eos_token_ids(codec, config),
         adds_bos=adds_bos,
-        chat_template=None,
+        chat_template=config.chat_template,
     )
 
 
@@ -69,13 +66,15 @@ def _load_model(path: Path, config: TokenizerConfig) -> Tokenizer:
     else:
         codec = SentencePieceCodec.load(path, data, config.added_tokens)
         template, bos_token = LLAMA2_TEMPLATE, "<s>"
+    if config.exists or config.chat_template is not None:
+        template = config.chat_template  # a directory that is not Meta's states its own or none
     bos = _token_id(codec, config.bos_token)
     return Tokenizer(
         codec,
         bos_token_id=_token_id(codec, bos_token) if bos is None else bos,
         eos_token_ids=_eos_token_ids(codec, config),
         adds_bos=config.add_bos_token is not False,
-        chat_template=None if config.exists else template,
+        chat_template=template,
     )
 
 

@@ -57,17 +57,15 @@ def test_block_table_agrees_with_gguf() -> None:
         assert gguf.GGML_QUANT_SIZES[theirs] == (kind.block_size, kind.block_bytes)
 
 
-def raw_gguf(path: Path, name: str, rows: np.ndarray[Any, Any], **changes: Any) -> Path:
-    """SPEC's metadata around one matrix of raw blocks."""
-    writer_path = write_gguf(path, {}, **changes)
-    writer_path.unlink()
+def raw_gguf(path: Path, name: str, rows: np.ndarray[Any, Any], kind: Any) -> Path:
+    """One matrix of raw blocks of GGML type `kind`, and the metadata that every file needs."""
     writer = gguf.GGUFWriter(path, "llama")
     keys = {"context_length": 64, "embedding_length": 64, "block_count": 1}
     keys |= {"feed_forward_length": 96, "attention.head_count": 8, "vocab_size": 9}
     for key, value in keys.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_tensor(name, rows, raw_dtype=changes["kind"])
+    writer.add_tensor(name, rows, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -115,12 +113,10 @@ def test_types_that_nothing_dequantises(tmp_path: Path) -> None:
     path = raw_gguf(
         tmp_path / "m.gguf",
         "blk.0.attn_v.weight",
-        np.zeros((8, 36), np.uint8),
+        np.zeros((8, 40), np.uint8),
         kind=gguf.GGMLQuantizationType.Q8_1,
     )
-    with pytest.raises(
-        CheckpointError, match=r"type Q8_1, which the gguf package cannot|needs a multiple"
-    ):
+    with pytest.raises(CheckpointError, match="type Q8_1, which the gguf package cannot"):
         open_checkpoint(str(path))
 
 
@@ -240,9 +236,6 @@ def test_llama3_scaling_from_its_divisors(tmp_path: Path, factor: float) -> None
     ],
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    changes = {
-        ("llama." + k if "." in k and k != "split.count" else k): v for k, v in changes.items()
-    }
     with pytest.raises(CheckpointError, match=message) as caught:
         opened(tmp_path, **changes)
     assert "\n" not in str(caught.value)
@@ -276,12 +269,17 @@ def test_cut_short(tmp_path: Path) -> None:
 
 
 def test_metadata_values(tmp_path: Path) -> None:
-    changes = {"a.list": ["x", "é"], "a.ints": [1, 2], "a.flag": True, "a.real": 1e-5}
+    changes = {
+        "general.list": ["x", "é"],
+        "general.ints": [1, 2],
+        "general.flag": True,
+        "general.real": 1e-5,
+    }
     metadata = read_gguf(write_gguf(tmp_path / "m.gguf", {}, **changes)).metadata
-    assert metadata["a.list"] == ["x", "é"]
-    assert metadata["a.ints"].tolist() == [1, 2]
-    assert metadata["a.flag"] is True
-    assert metadata["a.real"] == 1e-5
+    assert metadata["general.list"] == ["x", "é"]
+    assert metadata["general.ints"].tolist() == [1, 2]
+    assert metadata["general.flag"] is True
+    assert metadata["general.real"] == 1e-5
 
 
 def test_spec_equals_the_writers(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def test_dtype_spellings_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "this is 'MistralForCausalLM'; puna builds Llama"),
+        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM'; puna builds Llama"),
         ({"architectures": None, "model_type": "qwen2"}, "this is 'qwen2'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \('gptq'\).*the unquantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \('gptq'\).*unquantised"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization_config": {}}, "of unknown method"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; puna has silu only"),

@@ -54,11 +54,11 @@ def test_end_tokens():
     assert ignored.sequences[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("chunk", range(8))
+@pytest.mark.parametrize("chunk", range(4))
 def test_random_scenarios(chunk: int):
     """Many small worlds, each compared with the plain loop; blocks are checked after each step."""
     num_preemptions = num_cached = num_copies = 0
-    for world in range(150):
+    for world in range(100):
         rng = random.Random(1000 * chunk + world)
         block_size = rng.choice([1, 2, 3, 4, 8])
         max_batch_size = rng.choice([1, 2, 3, 8])
@@ -123,8 +123,8 @@ def test_random_scenarios(chunk: int):
         num_copies += sum(len(plan.copies) for plan in plans)
         num_cached += sum(join.num_computed > 0 for plan in plans for join in plan.joined)
     # The worlds are worth something only if these happen in them.
-    assert num_preemptions > 50
-    assert num_copies > 50
+    assert num_preemptions > 30
+    assert num_copies > 30
     assert num_cached > 100
 
 

@@ -71,7 +71,9 @@ def open_llm(monkeypatch, tmp_path):
         monkeypatch.setattr(puna.llm.Session, "open", open_session)
         if has_tokenizer:
             (tmp_path / "tokenizer").mkdir(exist_ok=True)
-        monkeypatch.setattr(puna.llm, "load_tokenizer", lambda directory, template: fake_tokenizer())
+        monkeypatch.setattr(
+            puna.llm, "load_tokenizer", lambda directory, template: fake_tokenizer()
+        )
         return LLM(tmp_path, **options)
 
     return open_llm
@@ -250,7 +252,7 @@ def test_without_a_tokenizer(open_llm):
         lambda: llm.chat([{"role": "user", "content": "x"}]),
         lambda: llm.generate([1], SamplingParams(stop="x")),
     ):
-        with pytest.raises(RequestError, match="no tokenizer.*tokenizer=DIR"):
+        with pytest.raises(RequestError, match=r"no tokenizer.*tokenizer=DIR"):
             call()
     assert open_llm(has_tokenizer=False, tokenizer="elsewhere").generate("text")[0].text
 
@@ -263,6 +265,8 @@ def test_refused_prompts(open_llm):
         llm.generate([[1], [31]])
     with pytest.raises(RequestError, match="must be text or token ids"):
         llm.generate(["a", None])
+    with pytest.raises(RequestError, match="must be text or token ids"):
+        llm.generate(b"abc")
     with pytest.raises(RequestError, match="streaming takes 1"):
         llm.stream("a", SamplingParams(n=2))
     assert llm.executor.is_idle

@@ -78,7 +78,9 @@ def test_resolve_prefers_the_user_then_the_engine_then_neutral():
     assert (params.min_p, params.repetition_penalty) == (0.0, 1.1)
     neutral = SamplingParams().resolve(GenerationDefaults())
     assert (neutral.temperature, neutral.top_k, neutral.top_p) == (0.0, 0, 1.0)
-    assert SamplingParams(temperature=0).resolve(GenerationDefaults(temperature=0.6)).temperature == 0
+    assert (
+        SamplingParams(temperature=0).resolve(GenerationDefaults(temperature=0.6)).temperature == 0
+    )
 
 
 def test_has_penalties():
