@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -26,6 +27,7 @@ from threading import Event, Lock
 from typing import Protocol
 
 from puna.checkpoint import Checkpoint, open_checkpoint
+from puna.dummy import DummyWeights
 from puna.engine import (
     CONFIG_FILE,
     TOKENIZER_DIR,
@@ -37,13 +39,12 @@ from puna.engine import (
     rank_file,
     rank_file_name,
     rank_weights,
-    read_config,
 )
-from puna.errors import CheckpointError, ConfigError, EngineError
-from puna.manifest import CHUNK_BYTES, MANIFEST_FILE, read_manifest, write_manifest
+from puna.errors import CheckpointError, ConfigError
+from puna.manifest import MANIFEST_FILE, READ_BYTES, is_rank_file, write_manifest
 from puna.memory import available_bytes, human_bytes
 from puna.plan import BuildConfig, CheckpointFacts, plan
-from puna.shard import CHUNK_WEIGHTS, rank_rows
+from puna.shard import CHUNK_WEIGHTS, WeightSource, rank_rows
 from puna.version import puna_version
 from puna.weights import checkpoint_weights
 
@@ -52,6 +53,8 @@ from puna.weights import checkpoint_weights
 BYTES_A_CHUNK_WEIGHT = 28
 # Files beside the rank files: config, manifest and tokenizer stay well below this.
 SMALL_FILES_BYTES = 64 * 2**20
+# More threads than these would take more memory than they are worth; --workers asks for them.
+MAX_DEFAULT_WORKERS = 4
 
 
 class Progress(Protocol):
@@ -66,6 +69,16 @@ class BuildResult:
 
     path: Path
     config: EngineConfig
+
+
+def open_source(path: str | Path) -> Checkpoint:
+    """Open a checkpoint (see `open_checkpoint`); an engine in its place gets its own message."""
+    if _is_engine(Path(os.path.expanduser(path))):
+        raise CheckpointError(
+            f"{path} is an engine already: run it with puna run {path}, or build from the "
+            "checkpoint that it came from"
+        )
+    return open_checkpoint(path)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -129,15 +142,15 @@ def build(
 
     `checkpoint` is a directory (Hugging Face or Meta), a .gguf file, a hub id, or an open
     Checkpoint, which stays open. `workers` threads share the tensors of all ranks (default: the
-    CPUs of this machine). `force` replaces an engine at `out`, and nothing else. `materialize`
-    writes dummy weights out instead of their recipe. `tokenizer` gives the files of the engine's
-    tokenizer in place of the checkpoint's. Raises PunaError for what the user can mend; whatever
-    happens, `out` is a whole engine or what it was before."""
+    CPUs of this machine, at most 4). `force` replaces an engine at `out`, and nothing else.
+    `materialize` writes dummy weights out instead of their recipe. `tokenizer` gives the files of
+    the engine's tokenizer in place of the checkpoint's. Raises PunaError for what the user can
+    mend; whatever happens, `out` is a whole engine or what it was before."""
     if not isinstance(checkpoint, (str, Path)):
         return _build(
             checkpoint, Path(out), config, workers, force, materialize, tokenizer, progress
         )
-    with closing(open_checkpoint(checkpoint)) as opened:
+    with closing(open_source(checkpoint)) as opened:
         return _build(opened, Path(out), config, workers, force, materialize, tokenizer, progress)
 
 
@@ -154,7 +167,8 @@ def _build(
     out = Path(os.path.abspath(out))
     planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
     _check_output(out, force)
-    workers = workers or _num_cpus()
+    if workers is None:
+        workers = min(_num_cpus(), MAX_DEFAULT_WORKERS)
     if workers < 1:
         raise ConfigError(f"workers is {workers}; it must be at least 1")
     files = checkpoint.tokenizer_files() if tokenizer is None else tokenizer
@@ -163,6 +177,7 @@ def _build(
     with _workspace(out) as folder:
         bar = _Bar(planned, sources, progress)
         planned = _write(folder, planned, checkpoint, sources, files, workers, bar)
+        _check_output(out, force)  # Another program may have made it meanwhile.
         _finish(folder, out)
     return BuildResult(out, planned)
 
@@ -180,7 +195,7 @@ def _write(
     placeholder = "0" * 64
     if planned.dummy is None:
         layouts = [rank_file(planned, rank, placeholder) for rank in range(planned.world_size)]
-        _write_ranks(folder, planned, layouts, checkpoint, workers, bar)
+        _write_ranks(folder, planned, layouts, _weights(checkpoint), workers, bar)
     digests = _digest_sources(sources, workers, bar)
     planned = replace(planned, provenance=replace(planned.provenance, digests=digests))
     (folder / CONFIG_FILE).write_bytes(planned.to_bytes())
@@ -197,11 +212,19 @@ def _write(
     return planned
 
 
+def _weights(checkpoint: Checkpoint) -> WeightSource:
+    """Dummy weights come from where a session makes them, so that both are the same to the bit."""
+    seed: int | None = getattr(checkpoint, "seed", None)
+    if checkpoint.kind != "dummy" or seed is None:
+        return checkpoint
+    return DummyWeights(checkpoint.spec, seed)
+
+
 def _write_ranks(
     folder: Path,
     planned: EngineConfig,
     layouts: list[RankFile],
-    checkpoint: Checkpoint,
+    source: WeightSource,
     workers: int,
     bar: _Bar,
 ) -> None:
@@ -215,7 +238,7 @@ def _write_ranks(
 
         def write(rank: int, weight: RankWeight) -> None:
             layout, descriptor = layouts[rank], descriptors[rank]
-            for first, arrays in rank_rows(weight, checkpoint):
+            for first, arrays in rank_rows(weight, source):
                 if stop.is_set():
                     return
                 for name, rows in arrays.items():
@@ -280,7 +303,7 @@ def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, s
     def digest(path: Path) -> str:
         hasher = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES // 4):
+            while chunk := file.read(READ_BYTES):
                 hasher.update(chunk)
                 bar.add(len(chunk))
         return hasher.hexdigest()
@@ -297,7 +320,7 @@ def _num_cpus() -> int:
 
 def _check_room(out: Path, planned: EngineConfig, workers: int) -> None:
     """Refuse before the work starts when disk or RAM cannot hold it."""
-    parent = next(path for path in out.parents if path.exists())
+    parent = next(path for path in out.parents if os.path.exists(path))
     stored = 0 if planned.dummy else sum(memory.weights for memory in planned.memory)
     needed, free = stored + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
     if needed > free:
@@ -318,23 +341,37 @@ def _check_output(out: Path, force: bool) -> None:
         return
     if not force:
         raise ConfigError(f"{out} exists already: choose another -o, or replace it with --force")
-    try:
-        if out.is_symlink():
-            raise EngineError("it is a link")
-        read_manifest(out)
-        read_config(out)
-    except EngineError as error:
-        # An engine that a newer or older puna wrote is an engine all the same.
-        if not _looks_like_engine(out):
-            raise ConfigError(
-                f"{out} is not a puna engine, and --force replaces nothing else ({error}): "
-                "remove it yourself, or choose another -o"
-            ) from error
+    if reason := _why_kept(out):
+        raise ConfigError(
+            f"{out} {reason}, and --force replaces puna engines only: remove it yourself, or "
+            "choose another -o"
+        )
 
 
-def _looks_like_engine(out: Path) -> bool:
-    names = {MANIFEST_FILE, CONFIG_FILE}
-    return not out.is_symlink() and out.is_dir() and all((out / name).is_file() for name in names)
+def _why_kept(out: Path) -> str | None:
+    """Why --force must not replace `out`; None for an engine, whole or damaged, of any version."""
+    if out.is_symlink():
+        return "is a link"
+    if not out.is_dir():
+        return "is a file"
+    if not _is_engine(out):
+        return "is not a puna engine"
+    own = (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_DIR, "kernels")
+    others = sorted(p.name for p in out.iterdir() if p.name not in own and not is_rank_file(p.name))
+    return f"holds {others[0]}, which is no part of an engine" if others else None
+
+
+def _is_engine(path: Path) -> bool:
+    """Whether config.json or manifest.json is one that a puna of some version wrote."""
+    marks = ((CONFIG_FILE, {"format_version", "spec"}), (MANIFEST_FILE, {"files", "digest"}))
+    for name, keys in marks:
+        try:
+            found = json.loads((path / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and keys <= found.keys():
+            return True
+    return False
 
 
 @contextmanager
@@ -343,8 +380,9 @@ def _workspace(out: Path) -> Iterator[Path]:
     latest: a lock on the folder tells which builds are still alive."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f"{out.name}.tmp-*"):
-            _remove_if_dead(stale)
+        for stale in out.parent.iterdir():
+            if stale.name.startswith(f"{out.name}.tmp-") and _is_workspace(stale, out):
+                _remove_if_dead(stale)
         folder, lock = _locked_folder(out)
     except OSError as error:
         raise ConfigError(
@@ -361,6 +399,13 @@ def _workspace(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _is_workspace(path: Path, out: Path) -> bool:
+    """Whether a build made this folder: a user's own `engine.tmp-notes` stays."""
+    suffix = path.name.removeprefix(f"{out.name}.tmp-")
+    is_ours = len(suffix) == 8 and set(suffix) <= set("0123456789abcdef")
+    return is_ours and path.is_dir() and not path.is_symlink()
+
+
 def _locked_folder(out: Path) -> tuple[Path, int]:
     while True:
         folder = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
@@ -373,10 +418,13 @@ def _locked_folder(out: Path) -> tuple[Path, int]:
 
 
 def _remove_if_dead(folder: Path) -> None:
-    lock = os.open(folder, os.O_RDONLY)
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # Its build has just ended.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     except BlockingIOError:
         return  # Another build is writing it now.
     finally:

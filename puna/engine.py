@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,19 +162,24 @@ class EngineConfig:
         try:
             found = json.loads(data)
             version = found.get("format_version") if isinstance(found, dict) else None
+            if version is None:
+                raise EngineError(
+                    f"{path} is not the config of an engine (a checkpoint's, perhaps): build one "
+                    f"with puna build {path.parent} -o ENGINE"
+                )
             if version != FORMAT_VERSION:
                 raise EngineError(
                     f"{path}: engine format {version!r} found, this puna reads format "
                     f"{FORMAT_VERSION}: rebuild the engine with puna build"
                 )
             config = cls._from_json(exact_keys(cls, found))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            for weight in config.weights.values():
+                Format.parse(weight.format)
+                check_layout(weight.layout)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise EngineError(f"{path}: {error}: rebuild the engine with puna build") from error
         if not config.weights.keys() >= {"embed.weight"}:
             raise EngineError(f"{path}: no weights are declared: rebuild the engine")
-        for weight in config.weights.values():
-            Format.parse(weight.format)
-            check_layout(weight.layout)
         return config
 
     @classmethod
@@ -338,8 +344,11 @@ def rank_file(config: EngineConfig, rank: int, config_digest: str) -> RankFile:
 def read_config(engine_dir: Path) -> EngineConfig:
     """Read and check config.json; EngineError says what is wrong and what to do."""
     path = engine_dir / CONFIG_FILE
-    if not engine_dir.is_dir():
-        raise EngineError(f"{engine_dir} is not a directory: build an engine with puna build")
+    if not os.path.isdir(engine_dir):
+        what = "is not a directory" if os.path.exists(engine_dir) else "does not exist"
+        raise EngineError(
+            f"{engine_dir} {what}; an engine is the directory that puna build makes: build one"
+        )
     try:
         data = path.read_bytes()
     except FileNotFoundError:

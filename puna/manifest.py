@@ -20,6 +20,7 @@ from puna.errors import EngineError
 
 MANIFEST_FILE = "manifest.json"
 CHUNK_BYTES = 16 * 2**20
+READ_BYTES = 2**20  # at once, in each thread
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def check_files(
     problems += [f"{path} is missing from the manifest" for path in needed if path not in listed]
     work: list[tuple[FileDigest, int]] = []
     for file in manifest.files:
-        if _is_rank_file(file.path) and file.path not in needed:
+        if is_rank_file(file.path) and file.path not in needed:
             continue
         path = engine_dir / file.path
         size = path.stat().st_size if path.is_file() else None
@@ -119,7 +120,10 @@ def check_files(
         else:
             work += [(file, index) for index in range(len(file.chunks))]
     if not problems:
-        problems = _changed(engine_dir, work, threads, progress)
+        try:
+            problems = _changed(engine_dir, work, threads, progress)
+        except OSError as error:
+            problems = [f"{error.filename or 'a file'} cannot be read ({error.strerror})"]
     if problems:
         raise EngineError(
             f"{engine_dir} is damaged: {'; '.join(problems)}: copy or build the engine again"
@@ -147,9 +151,13 @@ def _changed(
 
 
 def _digest(path: Path, offset: int) -> str:
+    hasher, stop = hashlib.sha256(), offset + CHUNK_BYTES
     with path.open("rb") as file:
         # Read in place of mapping: a file truncated meanwhile must not kill the process.
-        return hashlib.sha256(os.pread(file.fileno(), CHUNK_BYTES, offset)).hexdigest()
+        while data := os.pread(file.fileno(), min(READ_BYTES, stop - offset), offset):
+            hasher.update(data)
+            offset += len(data)
+    return hasher.hexdigest()
 
 
 def _is_inside(file: FileDigest) -> bool:
@@ -157,7 +165,8 @@ def _is_inside(file: FileDigest) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _is_rank_file(path: str) -> bool:
+def is_rank_file(path: str) -> bool:
+    """Whether this is the name of some rank's file."""
     return path.startswith("rank") and path.endswith(".safetensors")
 
 

@@ -58,9 +58,11 @@ def open_gguf(path: Path, source: str) -> FileCheckpoint:
         is_rotary = bool(name) and name.rpartition(".")[0].endswith((".attn.q", ".attn.k"))
         if is_rotary and described.shape[0] % spec.head_dim:
             raise CheckpointError(
-                f"{path}: {file_name} has {described.shape[0]} rows; needed a multiple of the head "
-                f"size {spec.head_dim}"
+                f"{path}: {brief(file_name)} has {described.shape[0]} rows; needed a multiple "
+                f"of the head size {spec.head_dim}"
             )
+        if (name or file_name) in tensors:
+            raise gguf.file.damaged(f"{brief(file_name)} occurs twice")
         tensor = stored_tensor(gguf, described, spec.head_dim if is_rotary else 0)
         tensors[name or file_name] = tensor
         if name:

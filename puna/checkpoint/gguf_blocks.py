@@ -33,7 +33,11 @@ class BlockFormat:
 def unpack_rows(rows_NR: Array, kind: BlockFormat) -> QuantTensor:
     """uint8 [N, bytes a row] -> QuantTensor [N, K]."""
     num_rows, blocks_a_row = rows_NR.shape[0], rows_NR.shape[1] // kind.block_bytes
-    q, scale, minimum = kind.unpack(np.ascontiguousarray(rows_NR).reshape(-1, kind.block_bytes))
+    with np.errstate(
+        invalid="ignore"
+    ):  # infinite scales: whoever streams the values looks for them
+        blocks = np.ascontiguousarray(rows_NR).reshape(-1, kind.block_bytes)
+        q, scale, minimum = kind.unpack(blocks)
 
     def by_row(x: Array) -> Array:
         return np.ascontiguousarray(x).reshape(num_rows, blocks_a_row * x.shape[1])

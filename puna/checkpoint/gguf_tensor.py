@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from puna.checkpoint.fields import brief
 from puna.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat, unpack_rows
 from puna.checkpoint.gguf_file import GgufFile, GgufTensor
 from puna.checkpoint.stored import (
@@ -72,11 +73,14 @@ class BlockTensor:
         for at in range(start, stop, step):
             end = min(at + step, stop)
             blocks, skip = self._blocks(self.rows_NR[at:end], first, last)
-            if self.kind:
-                values = unpack_rows(blocks, self.kind).dequantize()
-            else:
-                assert self.dequantize is not None
-                values = self.dequantize(np.ascontiguousarray(blocks))
+            if not blocks.size:
+                break
+            with np.errstate(invalid="ignore"):  # whoever streams the values looks for NaN
+                if self.kind:
+                    values = unpack_rows(blocks, self.kind).dequantize()
+                else:
+                    assert self.dequantize is not None
+                    values = self.dequantize(np.ascontiguousarray(blocks))
             out[at - start : end - start] = values[:, skip : skip + last - first]
         return out
 
@@ -121,8 +125,8 @@ def num_bytes(path: object, tensor: GgufTensor) -> int:
     name, block_size, block_bytes = block_type(path, tensor)
     if tensor.shape[-1] % block_size:
         raise CheckpointError(
-            f"{path} is damaged: {tensor.name} has {tensor.shape[-1]} columns, {name} needs a "
-            f"multiple of {block_size}; download it again"
+            f"{path} is damaged: {brief(tensor.name)} has {tensor.shape[-1]} columns, {name} needs "
+            f"a multiple of {block_size}; download it again"
         )
     return size // block_size * block_bytes
 
@@ -138,8 +142,8 @@ def block_type(path: object, tensor: GgufTensor) -> tuple[str, int, int]:
         return number.name, *GGML_QUANT_SIZES[number]
     except (ValueError, KeyError):
         raise CheckpointError(
-            f"{path}: {tensor.name} has GGML type {tensor.type}, which is unknown; update the gguf "
-            "package, or use another quantisation of the model (Q8_0, Q4_K_M, ...)"
+            f"{path}: {brief(tensor.name)} has GGML type {tensor.type}, which is unknown; update "
+            "the gguf package, or use another quantisation of the model (Q8_0, Q4_K_M, ...)"
         ) from None
 
 
@@ -169,7 +173,7 @@ def _dequantizer(
         dequantize(np.zeros((1, block_bytes), np.uint8), number)
     except NotImplementedError:
         raise CheckpointError(
-            f"{path}: {tensor.name} has type {name}, which the gguf package cannot dequantise; use "
-            "another quantisation of the model (Q8_0, Q4_K_M, ...)"
+            f"{path}: {brief(tensor.name)} has type {name}, which the gguf package cannot "
+            "dequantise; use another quantisation of the model (Q8_0, Q4_K_M, ...)"
         ) from None
     return lambda rows_NR: dequantize(rows_NR, number)

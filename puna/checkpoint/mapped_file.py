@@ -59,8 +59,9 @@ class MappedFile:
         if start < 0 or start + num_bytes > self.size:
             raise self.ends_early(start + num_bytes)
         if not num_bytes:
-            # NumPy cannot describe every empty shape that a header can; no byte of it is ever read.
-            return np.zeros(shape if max(shape) < 2**31 else (0,), dtype)
+            if max(shape) >= 2**31:  # NumPy cannot describe every empty shape that a header can
+                raise self.damaged(f"it declares a tensor of shape {shape}")
+            return np.zeros(shape, dtype)
         byte_strides = None if strides is None else tuple(step * dtype.itemsize for step in strides)
         return np.ndarray(shape, dtype, self.data, start, byte_strides)
 

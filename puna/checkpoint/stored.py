@@ -82,7 +82,10 @@ class DenseTensor:
                 bounds[self.axis] = (lo - start, max(hi, lo) - start)
                 pieces.append(part[tuple(slice(*b) for b in bounds)])
         joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
-        return np.ascontiguousarray(joined, dtype=DTYPES[self.format.dtype])
+        with np.errstate(
+            over="ignore"
+        ):  # float64 beyond float32: infinite, which the caller checks
+            return np.ascontiguousarray(joined, dtype=DTYPES[self.format.dtype])
 
     def load_quantized(self, rows: slice, cols: slice) -> QuantTensor:
         raise AssertionError(f"a {self.label} tensor has no blocks; use load")

@@ -11,6 +11,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import NoReturn
 
 from puna.cli import build, chat, inspect, quickstart, run
 from puna.errors import PunaError
@@ -31,15 +33,25 @@ verify it.
 EPILOG = "Each command has its own help, with examples: puna build --help"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"puna: {_one_line(message)} (see {self.prog} --help)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    _print_anything()
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
     try:
-        return args.handler(args)
+        status = args.handler(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\npuna: interrupted", file=sys.stderr)
         return 130
@@ -50,19 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PunaError as error:
         if args.debug:
             raise
-        print(f"puna: {_one_line(error)}", file=sys.stderr)
+        print(f"puna: {_one_line(str(error))}", file=sys.stderr)
         return 2
 
 
-def _one_line(error: PunaError) -> str:
-    text = " ".join(str(error).split())
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def _one_line(text: str) -> str:
+    """File names and checkpoints may hold line breaks, and codes that would steer the terminal."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _print_anything() -> None:
+    """A file name that is no Unicode, or a terminal that is not UTF-8, must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="puna",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -41,7 +41,7 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     build.add_argument("-o", "--output", required=True, metavar="DIR", help="the engine to make")
     build.add_argument("--force", action="store_true", help="replace an engine that is there")
     build.add_argument(
-        "--workers", type=int, metavar="N", help="threads, over all ranks (default: CPUs)"
+        "--workers", type=int, metavar="N", help="threads, over all ranks (default: CPUs, up to 4)"
     )
     build.add_argument(
         "--tokenizer", metavar="DIR", help="take the tokenizer from there, not from the checkpoint"
@@ -103,6 +103,7 @@ def _add(
 
 def run_build(args: argparse.Namespace) -> int:
     from puna.builder import build
+    from puna.engine import TOKENIZER_DIR
     from puna.memory import human_bytes
     from puna.plan import warnings
 
@@ -128,7 +129,9 @@ def run_build(args: argparse.Namespace) -> int:
     label = config.dtype if config.quant == "none" else config.quant
     ranks = f" in {config.world_size} ranks" if config.world_size > 1 else ""
     print(f"{result.path}: {label} for {config.target}, {human_bytes(total)}{ranks}")
-    if config.world_size == 1:
+    if not (result.path / TOKENIZER_DIR).is_dir():
+        print("note: the checkpoint has no tokenizer; text needs --tokenizer DIR", file=sys.stderr)
+    elif config.world_size == 1:
         print(f'try: puna run {args.output} --prompt "Once upon a time"')
     return 0
 
@@ -164,7 +167,7 @@ def print_plan(config: EngineConfig) -> None:
 
 @contextmanager
 def _open(args: argparse.Namespace) -> Iterator[Checkpoint]:
-    from puna.checkpoint import open_checkpoint
+    from puna.builder import open_source
     from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
 
     if (args.checkpoint is None) == (args.dummy is None):
@@ -173,9 +176,9 @@ def _open(args: argparse.Namespace) -> Iterator[Checkpoint]:
         given = [f for f, v in (("--seed", args.seed), ("--materialize", args.materialize)) if v]
         if given or args.seed is not None:
             raise ConfigError(f"{' and '.join(given) or '--seed'} needs --dummy PRESET")
-        checkpoint = open_checkpoint(args.checkpoint)
+        checkpoint = open_source(args.checkpoint)
     else:
-        checkpoint = DummyCheckpoint(parse_preset(args.dummy), args.seed or 0, args.dummy)
+        checkpoint = DummyCheckpoint(parse_preset(args.dummy), args.seed or 0, source=args.dummy)
     try:
         yield checkpoint
     finally:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from puna.cli.run import add_engine_options, add_sampling, open_llm, sampling_params, show_stream
+from puna.errors import RequestError
 
 HELP = """\
 Talk to an engine whose checkpoint was trained to answer.
@@ -56,6 +57,8 @@ def _ask(is_terminal: bool) -> str:
         return input("> " if is_terminal else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the text on stdin is not UTF-8 ({error}): convert it") from error
 
 
 def _answer(llm: Any, messages: list[dict[str, str]], params: Any, is_terminal: bool) -> str:

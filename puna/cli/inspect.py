@@ -11,13 +11,26 @@ from typing import Any
 from puna.cli.build import print_plan
 from puna.cli.progress import byte_bar
 
+INSPECT_HELP = """\
+Say what an engine is: model, formats, limits, memory, where it came from.
+
+  puna inspect engine
+  puna inspect engine --json               config.json of the engine
+"""
+VERIFY_HELP = """\
+Check that every file of an engine, of all ranks, is what the build wrote.
+
+  puna verify engine
+"""
+
 
 def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="say what an engine is",
-        description="Say what an engine is: model, formats, limits, memory, where it came from.",
+        description=INSPECT_HELP,
         parents=[parent],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("engine", metavar="DIR")
     inspect.add_argument("--json", action="store_true", help="one JSON object")
@@ -25,8 +38,9 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     verify = commands.add_parser(
         "verify",
         help="check every byte of an engine",
-        description="Check that every file of an engine, of all ranks, is what the build wrote.",
+        description=VERIFY_HELP,
         parents=[parent],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify.add_argument("engine", metavar="DIR")
     verify.set_defaults(handler=run_verify)

@@ -51,7 +51,7 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         metavar="DIR",
-        default=str(Path.home() / ".cache" / "puna"),
+        default="~/.cache/puna",
         help="default: %(default)s",
     )
     parser.set_defaults(handler=quickstart)
@@ -60,7 +60,10 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
 def quickstart(args: argparse.Namespace) -> int:
     from puna.llm import LLM
 
-    cache = Path(args.cache).expanduser()
+    try:
+        cache = Path(args.cache).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"--cache {args.cache} is no folder ({error}): name one") from error
     source = args.model or str(fetch_smollm2(cache))
     engine = cache / "engines" / _engine_name(source)
     if _is_engine_of(engine, source):

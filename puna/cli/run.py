@@ -49,7 +49,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Arguments of SamplingParams; see `sampling_params`."""
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, metavar="X", help="0 is greedy")
     add("--top-k", type=int, metavar="N", help="sample from the N most likely tokens; 0: all")
     add("--top-p", type=float, metavar="X", help="sample from the most likely that sum to X")
@@ -138,12 +138,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompt(text: str) -> str:
-    if text != "-":
-        return text
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the prompt on stdin is not UTF-8 ({error}): convert it") from error
+    if text == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the prompt on stdin is not UTF-8 ({error}): convert it") from error
+    if not text:
+        raise RequestError("the prompt is empty; it needs at least one character: write one")
+    return text
 
 
 def _as_json(output: RequestOutput, seconds: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ alternatives asked for.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from puna.quant import Array
 
 # The nucleus of top-p is sought among this many best tokens before all are sorted.
 _NUCLEUS_GUESS = 1024
+# Largest minus smallest value of `gumbel`: -log(-log(u)) for u = 1 - 2^-33 and u = 2^-33.
+_GUMBEL_RANGE = 26.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,32 +109,35 @@ def _draw(
     key: tuple[int, int, int],
 ) -> int:
     """Draw from the filtered distribution of one row by the Gumbel-max trick."""
-    # Relative to the best, in float64: any positive temperature is safe.
-    with np.errstate(over="ignore"):
-        z_V = (logits_V.astype(np.float64) - float(logits_V.max())) / temperature
-    ids = np.flatnonzero(z_V > -np.inf)
+    ids = np.flatnonzero(logits_V > -np.inf)
     if 0 < top_k < len(ids):
         # Tokens that tie with the k-th stay: which of them goes must not be a matter of sorting.
-        ids = ids[z_V[ids] >= np.partition(z_V[ids], -top_k)[-top_k]]
+        ids = np.flatnonzero(logits_V >= np.partition(logits_V, -top_k)[-top_k])
+    x = logits_V[ids].astype(np.float64)
+    with np.errstate(over="ignore"):  # relative to the best: any positive temperature is safe
+        z = (x - x.max()) / temperature
     if top_p < 1:
-        ids = _nucleus(z_V, ids, top_p)
-    if min_p > 0:
-        ids = ids[z_V[ids] >= np.log(min_p)]
-    if len(ids) == 1:
-        return int(ids[0])
-    return int(ids[np.argmax(z_V[ids] + gumbel(*key, ids))])
+        kept = _nucleus(z, top_p)
+        ids, z = ids[kept], z[kept]
+    # Below min_p; or so far below the best that no noise can make up for it.
+    lowest = max(math.log(min_p) if min_p else -math.inf, -_GUMBEL_RANGE)
+    ids, z = ids[z >= lowest], z[z >= lowest]
+    return int(ids[np.argmax(z + gumbel(*key, ids))])
 
 
-def _nucleus(z_V: Array, ids: Array, top_p: float) -> Array:
-    """Return the fewest best tokens whose probabilities reach `top_p`, at least one, by id."""
-    total = np.exp(z_V[ids]).sum()
-    best = ids
-    if len(ids) > _NUCLEUS_GUESS:
-        best = ids[z_V[ids] >= np.partition(z_V[ids], -_NUCLEUS_GUESS)[-_NUCLEUS_GUESS]]
-        if np.exp(z_V[best]).sum() < top_p * total:
-            best = ids
-    best = best[np.argsort(-z_V[best], kind="stable")]
-    reached = np.cumsum(np.exp(z_V[best])) >= top_p * total
+def _nucleus(z: Array, top_p: float) -> Array:
+    """Return the indices of the fewest best whose probabilities reach `top_p`, at least one.
+
+    `z` are log-probabilities up to a constant. Indices are ascending; of equals, the first is best.
+    """
+    total = np.exp(z).sum()
+    best = np.arange(len(z))
+    if len(z) > _NUCLEUS_GUESS:
+        guess = np.flatnonzero(z >= np.partition(z, -_NUCLEUS_GUESS)[-_NUCLEUS_GUESS])
+        if np.exp(z[guess]).sum() >= top_p * total:
+            best = guess
+    best = best[np.argsort(-z[best], kind="stable")]
+    reached = np.cumsum(np.exp(z[best])) >= top_p * total
     size = int(reached.argmax()) + 1 if reached.any() else len(best)
     return np.sort(best[:size])
 

@@ -36,6 +36,7 @@ from puna.memory import (
     human_bytes,
     kv_block_bytes,
     kv_cache_spec,
+    rank_memory,
     workspace_specs,
 )
 from puna.models.llama.model import Activations, Layer, Llama
@@ -116,8 +117,14 @@ class Session:
 
         """
         engine_dir = Path(engine_dir)
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}; it must be at least 1")
         threads = threads or os.cpu_count() or 1
         config = read_config(engine_dir)
+        manifest = read_manifest(engine_dir)
+        # The small files first: what the config says is believed only if it is what was written.
+        check_files(engine_dir, manifest, (), threads)
+        digest = config.digest()
         _check_device(device, config)
         if config.world_size != world_size:
             raise LaunchError(
@@ -125,10 +132,11 @@ class Session:
                 f"start {config.world_size} ranks, or build the engine with --tp and --pp for "
                 f"{world_size}"
             )
+        if not 0 <= rank < world_size:
+            raise LaunchError(f"rank {rank} is not between 0 and {world_size - 1}: start it as one")
         config = _lower_limits(config, max_batch_size, max_num_tokens)
         num_blocks = _num_blocks(config, rank, kv_cache_bytes)
         _check_ram(config, rank, num_blocks)
-        manifest = read_manifest(engine_dir)
         total = sum(file.size for file in manifest.files)
         checked = 0
 
@@ -140,7 +148,7 @@ class Session:
 
         ranks = () if config.dummy else (rank,)
         check_files(engine_dir, manifest, ranks, threads, report)
-        layout = rank_file(config, rank, read_config(engine_dir).digest())
+        layout = rank_file(config, rank, digest)
         if config.dummy is not None:
             stored, close = _generate(config, rank, layout), _nothing
         else:
@@ -305,7 +313,7 @@ def _num_blocks(config: EngineConfig, rank: int, kv_cache_bytes: int | None) -> 
 def _check_ram(config: EngineConfig, rank: int, num_blocks: int) -> None:
     """Refuse now what would be killed later. Mapped weights can be dropped by the system, so they
     do not count; generated ones do."""
-    memory = config.memory[rank]
+    memory = rank_memory(config, rank)
     kv_cache = num_blocks * kv_block_bytes(config, rank)
     needed = memory.workspace + kv_cache + (memory.weights if config.dummy else 0)
     available = available_bytes()

@@ -127,6 +127,30 @@ def test_rope_scalings_in_float32(name: str, random_llama: RandomLlama, tmp_path
     check_float32(random_llama(**rope_config(name)), tmp_path / "engine")
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_random_members_of_the_family(
+    seed: int, random_llama: RandomLlama, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(seed)
+    num_kv_heads = int(rng.choice([1, 2, 3]))
+    num_heads = num_kv_heads * int(rng.choice([1, 2, 3]))
+    name = str(rng.choice(list(ROPES)))
+    config = rope_config(name) | {
+        "num_key_value_heads": num_kv_heads,
+        "num_attention_heads": num_heads,
+        "head_dim": 2 * int(rng.integers(8, 28)),
+        # transformers refuses other hidden sizes, although head_dim is given.
+        "hidden_size": num_heads * int(rng.integers(5, 25)),
+        "intermediate_size": int(rng.integers(20, 200)),
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "vocab_size": int(rng.integers(50, 400)),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "attention_bias": bool(rng.integers(2)),
+        "mlp_bias": bool(rng.integers(2)),
+    }
+    check_float32(random_llama(seed=seed, **config), tmp_path / "engine")
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_each_rope_scaling_changes_the_logits(name: str, random_llama: RandomLlama) -> None:
     """Without this, a scaling that both libraries ignore would pass the test above."""

@@ -94,6 +94,9 @@ def test_children_of_a_parent_evicted_first_are_out_of_reach():
     pool.free([child])
     assert len(pool.allocate(2)) == 2  # the never-used block, then the parent
     assert pool.match_prefix([1, 2], limit=2) == []
+    # The same block now begins another prefix; what followed the old one does not follow it.
+    pool.register(parent, NULL_BLOCK, [9])
+    assert pool.match_prefix([9, 2], limit=2) == [parent]
     pool.check([[3, parent]])
 
 

@@ -127,7 +127,7 @@ def test_unknown_type(tmp_path: Path) -> None:
     data[at : at + 4] = struct.pack("<I", 99)
     path.write_bytes(data)
     with pytest.raises(
-        CheckpointError, match=r"output_norm\.weight has GGML type 99, which is unknown"
+        CheckpointError, match=r"output_norm\.weight. has GGML type 99, which is unknown"
     ):
         open_checkpoint(str(path))
 

@@ -123,7 +123,7 @@ def test_random_scenarios(chunk: int):
         num_copies += sum(len(plan.copies) for plan in plans)
         num_cached += sum(join.num_computed > 0 for plan in plans for join in plan.joined)
     # The worlds are worth something only if these happen in them.
-    assert num_preemptions > 30
+    assert num_preemptions > 10
     assert num_copies > 30
     assert num_cached > 100
 

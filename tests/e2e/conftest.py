@@ -1,0 +1,77 @@
+"""What the tests of the command line share: checkpoints, engines, and `puna` in process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_models import DUMMY, Puna, Ran, Refused, write_checkpoint, write_tokenizer
+
+from puna.cli import main
+
+
+@pytest.fixture
+def puna(capsys: pytest.CaptureFixture[str]) -> Puna:
+    """Run one command in this process."""
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        try:
+            status: object = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            status = error.code
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(puna: Puna) -> Refused:
+    """Run a command that must end with 2 and one line on stderr; return that line."""
+
+    def run(*arguments: object) -> str:
+        found = puna(*arguments)
+        assert (found.status, found.out) == (2, ""), found
+        assert found.err.startswith("puna: ") and found.err.count("\n") == 1, found.err
+        return found.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Hugging Face checkpoint with a tokenizer; not to be changed (see `hf_copy`)."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "hf")
+
+
+@pytest.fixture(scope="session")
+def engine(hf_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of `hf_checkpoint`; not to be changed."""
+    from puna import build
+
+    return build(hf_checkpoint, tmp_path_factory.mktemp("engines") / "engine").path
+
+
+@pytest.fixture(scope="session")
+def pair_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of two tensor-parallel ranks, without a tokenizer; not to be changed."""
+    path = tmp_path_factory.mktemp("engines") / "pair"
+    assert main(["build", "--dummy", DUMMY, "--materialize", "--tp", "2", "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copy a checkpoint or an engine to where a test may damage it."""
+
+    def copy(source: Path) -> Path:
+        return Path(shutil.copytree(source, tmp_path / f"copy-of-{source.name}"))
+
+    return copy

@@ -1,0 +1,182 @@
+"""plan: every choice, its reason, and what is refused. No weights are read and no file is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from puna.checkpoint.dummy import PRESETS
+from puna.engine import Provenance
+from puna.errors import ConfigError
+from puna.plan import BuildConfig, CheckpointFacts, plan, warnings
+from puna.quant import Format
+from puna.spec import GenerationDefaults, ModelSpec
+from puna.weights import checkpoint_weights
+
+SPEC = ModelSpec(256, 688, 2, 8, 4, 32, 500, 4096)
+
+
+def facts(spec: ModelSpec = SPEC, fmt: str = "bfloat16", **others: str) -> CheckpointFacts:
+    """All matrices in `fmt`; `others` by the end of the name (attn_v for ...attn.v.weight)."""
+    formats = {}
+    for weight in checkpoint_weights(spec):
+        if weight.is_matrix:
+            name = weight.name.removesuffix(".weight")
+            ends = [f for end, f in others.items() if name.endswith(end.replace("_", "."))]
+            formats[weight.name] = Format.parse(ends[0] if ends else fmt)
+    provenance = Provenance("somewhere", "hf", {}, "0", ("a note",))
+    return CheckpointFacts(spec, formats, GenerationDefaults(), provenance)
+
+
+def formats_of(spec: ModelSpec, config: BuildConfig, fmt: str, **others: str) -> dict[str, str]:
+    planned = plan(facts(spec, fmt, **others), config)
+    return {name: weight.format for name, weight in planned.weights.items()}
+
+
+def test_every_option_is_resolved_with_a_reason() -> None:
+    planned = plan(facts(), BuildConfig())
+    parallel = {"tp_size", "pp_size", "group_size"}  # these have no auto
+    options = {field.name for field in fields(BuildConfig)} - parallel
+    assert planned.resolved.keys() >= options
+    for name, (value, why) in planned.resolved.items():
+        assert value not in (None, "auto"), name
+        assert len(why) > 5, name
+    assert planned.resolved["dtype"] == ("bfloat16", "what the checkpoint holds")
+    assert planned.dtype == planned.kv_dtype == "bfloat16" and planned.quant == "none"
+    assert planned.limits.max_seq_len == 4096
+
+
+def test_what_was_asked_for_is_said_to_be_asked_for() -> None:
+    config = BuildConfig("float32", "int8", target="cpu", max_seq_len=64, max_batch_size=2)
+    planned = plan(facts(), config)
+    for name in ("dtype", "quant", "target", "max_seq_len", "max_batch_size"):
+        assert planned.resolved[name][1].startswith("as asked"), name
+    assert planned.limits.max_seq_len == 64 and planned.limits.max_batch_size == 2
+    assert planned.quant == "int8" and planned.dtype == "float32"
+
+
+def test_plan_is_pure() -> None:
+    given, config = facts(fmt="int4-g32"), BuildConfig(tp_size=4, pp_size=2)
+    before = repr(given)
+    once, again = plan(given, config), plan(given, config)
+    assert once.to_bytes() == again.to_bytes() and repr(given) == before
+    assert json.loads(once.to_bytes())["resolved"]["kv_dtype"] == ["float16", "the same as dtype"]
+    assert len(once.memory) == 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_plan_at_full_size(name: str) -> None:
+    """A 70B model is planned as fast as a small one: nothing is allocated."""
+    tp = 3 if name == "smollm2-135m" else 8
+    planned = plan(facts(PRESETS[name]), BuildConfig(quant="int4", tp_size=tp))
+    assert sum(memory.weights for memory in planned.memory) > 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("quant", "group_size", "expected"),
+    [
+        ("none", None, {"bfloat16"}),
+        ("int8", None, {"int8"}),
+        ("int8", 64, {"int8-g64"}),
+        ("int4", None, {"int4-g128", "int8-g128"}),
+        ("int4", 32, {"int4-g32", "int8-g32"}),
+        ("int4", 0, {"int4", "int8"}),
+    ],
+)
+def test_formats_from_floats(quant: Any, group_size: int | None, expected: set[str]) -> None:
+    found = formats_of(SPEC, BuildConfig(quant=quant, group_size=group_size), "bfloat16")
+    matrices = {n: f for n, f in found.items() if "norm" not in n}
+    assert set(matrices.values()) == expected
+    assert {found[n] for n in found if "norm" in n} == {"float32"}
+    if quant == "int4":
+        assert matrices["embed.weight"].startswith("int8")
+        assert matrices["layers.0.mlp.down.weight"].startswith("int4")
+
+
+def test_auto_keeps_blocks_and_splits_a_fused_tensor_whose_parts_differ() -> None:
+    found = formats_of(SPEC, BuildConfig(), "int4-g32-min", attn_v="int8-g32", head="float32")
+    assert found["layers.0.attn.q.weight"] == found["layers.0.attn.k.weight"] == "int4-g32-min"
+    assert found["layers.0.attn.v.weight"] == "int8-g32"
+    assert "layers.0.attn.qkv.weight" not in found
+    assert found["layers.0.mlp.gate_up.weight"] == "int4-g32-min"
+    assert found["head.weight"] == "float16", "floats beside blocks become the engine's dtype"
+    planned = plan(facts(SPEC, "int4-g32-min", attn_v="int8-g32"), BuildConfig())
+    assert planned.quant == "int4-g32-min"
+    assert "int8-g32" in planned.resolved["quant"][1]
+
+
+def test_none_dequantises_blocks() -> None:
+    found = formats_of(SPEC, BuildConfig("float32", "none"), "int4-g32-min")
+    assert set(found.values()) == {"float32"} and "layers.0.attn.qkv.weight" in found
+
+
+def test_a_rank_holds_whole_groups_of_the_ffn() -> None:
+    spec = replace(SPEC, intermediate_size=172)
+    planned = plan(facts(spec, "int4-g32"), BuildConfig(tp_size=4))
+    assert planned.ffn_multiple == 32
+    assert plan(facts(spec), BuildConfig(tp_size=4)).ffn_multiple == 1
+    assert plan(facts(spec, "int4-g32"), BuildConfig()).ffn_multiple == 1
+
+
+def test_blocks_that_are_kept_are_not_cut() -> None:
+    spec = replace(SPEC, num_heads=10, num_kv_heads=10, head_dim=16)
+    plan(facts(spec, "int4-g32"), BuildConfig(tp_size=5))
+    with pytest.raises(ConfigError, match=r"tp 2 cuts .* int4-g32 blocks.* another --tp"):
+        plan(facts(spec, "int4-g32"), BuildConfig(tp_size=2))
+    plan(facts(spec, "int4-g32"), BuildConfig(tp_size=2, quant="int8"))
+    plan(facts(spec, "bfloat16"), BuildConfig(tp_size=2))
+
+
+def test_group_sizes_of_the_vocabulary_do_not_bind_tensor_parallelism() -> None:
+    spec = replace(SPEC, num_heads=10, num_kv_heads=10, head_dim=16)
+    plan(facts(spec, "bfloat16", embed="int8-g32"), BuildConfig(tp_size=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 32}, "needs --quant int8 or int4, found auto"),
+        ({"group_size": 32, "quant": "none"}, "found none"),
+        ({"group_size": 8, "quant": "int8"}, "multiple of 16"),
+        ({"group_size": -16, "quant": "int4"}, "multiple of 16"),
+        ({"dtype": "float64"}, "float64.*use one of auto, float32"),
+        ({"quant": "int3"}, "int3.*use one of auto"),
+        ({"max_seq_len": 0}, "positive whole number"),
+        ({"max_batch_size": 2.0}, "positive whole number"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BuildConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "sm_90"}, "sm_90.*not built by this version"),
+        ({"kv_dtype": "fp8"}, "fp8 is not available"),
+        ({"tp_size": 3}, "use tp 1, 2, 4, 8"),
+        ({"pp_size": 3}, "use pp 2 or fewer"),
+        ({"max_num_tokens": 4, "max_batch_size": 8}, "max_num_tokens 4 is below"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_or_version_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(facts(), BuildConfig(**options))
+
+
+def test_a_longer_context_than_the_models_is_allowed_with_one_warning() -> None:
+    long = plan(facts(), BuildConfig(max_seq_len=8192))
+    assert long.limits.max_seq_len == 8192
+    assert warnings(long) == [
+        "a note",
+        "max_seq_len 8192 exceeds the model's 4096 positions; text beyond them may be poor",
+    ]
+    assert warnings(plan(facts(), BuildConfig())) == ["a note"]
