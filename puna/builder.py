@@ -27,7 +27,6 @@ from threading import Event, Lock
 from typing import Protocol
 
 from puna.checkpoint import Checkpoint, open_checkpoint
-from puna.dummy import DummyWeights
 from puna.engine import (
     CONFIG_FILE,
     TOKENIZER_DIR,
@@ -195,7 +194,7 @@ def _write(
     placeholder = "0" * 64
     if planned.dummy is None:
         layouts = [rank_file(planned, rank, placeholder) for rank in range(planned.world_size)]
-        _write_ranks(folder, planned, layouts, _weights(checkpoint), workers, bar)
+        _write_ranks(folder, planned, layouts, checkpoint, workers, bar)
     digests = _digest_sources(sources, workers, bar)
     planned = replace(planned, provenance=replace(planned.provenance, digests=digests))
     (folder / CONFIG_FILE).write_bytes(planned.to_bytes())
@@ -210,14 +209,6 @@ def _write(
             (folder / TOKENIZER_DIR / name).write_bytes(data)
     write_manifest(folder, workers, bar.add)
     return planned
-
-
-def _weights(checkpoint: Checkpoint) -> WeightSource:
-    """Dummy weights come from where a session makes them, so that both are the same to the bit."""
-    seed: int | None = getattr(checkpoint, "seed", None)
-    if checkpoint.kind != "dummy" or seed is None:
-        return checkpoint
-    return DummyWeights(checkpoint.spec, seed)
 
 
 def _write_ranks(

@@ -1,23 +1,19 @@
 """Dummy checkpoints: a spec and a seed instead of files. Values are made when a slice is loaded.
 
 Decides the presets and how a shape is spelled on the command line. The values themselves are
-`puna.dummy_values`.
+`puna.dummy`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
-from puna.checkpoint import FULL
-from puna.dummy_values import dummy_values
+from puna.dummy import DummyWeights
 from puna.errors import CheckpointError
-from puna.quant import DTYPES, Array, Format, QuantTensor
 from puna.spec import GenerationDefaults, ModelSpec, RopeSpec
 
 
@@ -130,73 +126,22 @@ def _parse_change(part: str) -> tuple[str, Any]:
         raise CheckpointError(f"dummy shape: {key} is {value!r}; it must be {kind}") from None
 
 
-@dataclass(frozen=True)
-class DummyCheckpoint:
-    """A `Checkpoint` without files; `dtype` is what `load` returns ("float32", "float16", ...)."""
+class DummyCheckpoint(DummyWeights):
+    """A `Checkpoint` without files: `puna.dummy`'s weights under a name."""
 
-    spec: ModelSpec
-    seed: int = 0
-    dtype: str = "float16"
-    source: str = "dummy"
-    kind: str = "dummy"
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    kind = "dummy"
 
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise CheckpointError(f"dummy dtype is {self.dtype!r}; puna has {', '.join(DTYPES)}")
+    def __init__(self, spec: ModelSpec, seed: int = 0, source: str = "dummy") -> None:
+        super().__init__(spec, seed)
+        self.spec = spec
+        self.source = source
+        self.generation = GenerationDefaults()
 
     def names(self) -> frozenset[str]:
-        spec = self.spec
-        names = ["embed.weight", "norm.weight"]
-        if not spec.tie_word_embeddings:
-            names.append("head.weight")
-        for i in range(spec.num_layers):
-            names += [f"layers.{i}.attn_norm.weight", f"layers.{i}.mlp_norm.weight"]
-            for block, has_bias in (("attn", spec.attention_bias), ("mlp", spec.mlp_bias)):
-                for matrix in "qkvo" if block == "attn" else ("gate", "up", "down"):
-                    names.append(f"layers.{i}.{block}.{matrix}.weight")
-                    if has_bias:
-                        names.append(f"layers.{i}.{block}.{matrix}.bias")
-        return frozenset(names)
+        return frozenset(self.shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        spec = self.spec
-        tensor, _, kind = name.rpartition(".")
-        last = tensor.rpartition(".")[2]
-        if last in ("norm", "attn_norm", "mlp_norm"):
-            return (spec.hidden_size,)
-        num_rows, num_cols = {
-            "embed": (spec.vocab_size, spec.hidden_size),
-            "head": (spec.vocab_size, spec.hidden_size),
-            "q": (spec.q_size, spec.hidden_size),
-            "k": (spec.kv_size, spec.hidden_size),
-            "v": (spec.kv_size, spec.hidden_size),
-            "o": (spec.hidden_size, spec.q_size),
-            "gate": (spec.intermediate_size, spec.hidden_size),
-            "up": (spec.intermediate_size, spec.hidden_size),
-            "down": (spec.hidden_size, spec.intermediate_size),
-        }[last]
-        return (num_rows,) if kind == "bias" else (num_rows, num_cols)
-
-    def format(self, name: str) -> Format:
-        return Format.dense(self.dtype)
-
-    def load(self, name: str, rows: slice = FULL, cols: slice = FULL) -> Array:
-        """Values of a slice, in `dtype`; norm weights are 1 + value, so activations stay sane."""
-        shape = self.shape(name)
-        start, stop, _ = rows.indices(shape[0])
-        num_cols = shape[1] if len(shape) == 2 else 1
-        values = dummy_values(
-            self.seed, name, num_cols, slice(start, stop), cols if len(shape) == 2 else FULL
-        )
-        if len(shape) == 1:
-            values = values[:, 0]
-        if name.endswith("norm.weight"):
-            values += np.float32(1)
-        return values.astype(DTYPES[self.dtype], copy=False)
-
-    def load_quantized(self, name: str, rows: slice = FULL, cols: slice = FULL) -> QuantTensor:
-        raise AssertionError("dummy weights are floats; quantise what load returns")
+        return self.shapes[name]
 
     def notes(self) -> tuple[str, ...]:
         return (f"dummy weights, seed {self.seed}: a hash of names and indices, nothing learned",)

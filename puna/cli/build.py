@@ -178,7 +178,7 @@ def _open(args: argparse.Namespace) -> Iterator[Checkpoint]:
             raise ConfigError(f"{' and '.join(given) or '--seed'} needs --dummy PRESET")
         checkpoint = open_source(args.checkpoint)
     else:
-        checkpoint = DummyCheckpoint(parse_preset(args.dummy), args.seed or 0, source=args.dummy)
+        checkpoint = DummyCheckpoint(parse_preset(args.dummy), args.seed or 0, args.dummy)
     try:
         yield checkpoint
     finally:
