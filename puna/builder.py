@@ -176,8 +176,7 @@ def _build(
     with _workspace(out) as folder:
         bar = _Bar(planned, sources, progress)
         planned = _write(folder, planned, checkpoint, sources, files, workers, bar)
-        _check_output(out, force)  # Another program may have made it meanwhile.
-        _finish(folder, out)
+        _finish(folder, out, force)
     return BuildResult(out, planned)
 
 
@@ -401,11 +400,14 @@ def _locked_folder(out: Path) -> tuple[Path, int]:
     while True:
         folder = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # Another build took it for a dead one before it was locked.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return folder, lock
-        os.close(lock)  # Another build took it for a dead one before it was locked.
+        os.close(lock)  # The same, a moment later.
 
 
 def _remove_if_dead(folder: Path) -> None:
@@ -422,23 +424,36 @@ def _remove_if_dead(folder: Path) -> None:
         os.close(lock)
 
 
-def _finish(folder: Path, out: Path) -> None:
+def _finish(folder: Path, out: Path, force: bool) -> None:
     """Make everything durable, then give the folder its name, atomically."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    if not os.path.lexists(out):
-        folder.rename(out)
-    elif not _exchange(folder, out):
-        # Between the two renames there is no engine: the price where names cannot be exchanged.
-        old = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old)
+    if not _renamed(folder, out):
+        _check_output(out, force)  # It may have come into being during the build.
+        if not _exchange(folder, out):
+            # Between the two renames there is no engine: the price where names cannot be exchanged.
+            old = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
     descriptor = os.open(out.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _renamed(folder: Path, out: Path) -> bool:
+    """Give the folder its name; False where that is taken."""
+    if os.path.lexists(out):
+        return False
+    try:
+        folder.rename(out)
+    except OSError:
+        if os.path.lexists(out):  # Another build has just finished.
+            return False
+        raise
+    return True
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -155,7 +155,7 @@ def _why_not(hub_id: str, error: Exception) -> str:
     found = f"{hub_id} is no local path, and the hub"
     if "GatedRepoError" in kinds:
         return (
-            f"{found} asks for a login: accept its licence on huggingface.co, then `hf auth login`"
+            f"{found} asks for a login: accept its licence on its page there, then `hf auth login`"
         )
     if "RepositoryNotFoundError" in kinds:
         return f"{found} has no such repository (or it is private: `hf auth login`)"

@@ -122,6 +122,9 @@ def run_build(args: argparse.Namespace) -> int:
     config = result.config
     for line in warnings(config):
         print(f"note: {line}", file=sys.stderr)
+    has_tokenizer = (result.path / TOKENIZER_DIR).is_dir()
+    if not has_tokenizer:
+        print("note: the engine has no tokenizer; text needs --tokenizer DIR", file=sys.stderr)
     if config.dummy is not None:
         print(f"{result.path}: the recipe of dummy weights; --materialize stores the weights")
         return 0
@@ -129,9 +132,7 @@ def run_build(args: argparse.Namespace) -> int:
     label = config.dtype if config.quant == "none" else config.quant
     ranks = f" in {config.world_size} ranks" if config.world_size > 1 else ""
     print(f"{result.path}: {label} for {config.target}, {human_bytes(total)}{ranks}")
-    if not (result.path / TOKENIZER_DIR).is_dir():
-        print("note: the checkpoint has no tokenizer; text needs --tokenizer DIR", file=sys.stderr)
-    elif config.world_size == 1:
+    if config.world_size == 1 and has_tokenizer:
         print(f'try: puna run {args.output} --prompt "Once upon a time"')
     return 0
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import pty
+import select
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +214,10 @@ def test_no_bar_unless_stderr_is_a_terminal(hf_checkpoint: Path, tmp_path: Path)
     quiet = command("build", hf_checkpoint, "-o", tmp_path / "a", capture_output=True)
     assert (quiet.returncode, quiet.stderr) == (0, b"")
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     try:
         command("build", hf_checkpoint, "-o", tmp_path / "b", stderr=theirs, stdout=-1)
+        assert select.select([ours], [], [], 0)[0], "nothing was drawn"
         drawn = os.read(ours, 65536)
     finally:
         os.close(theirs)

@@ -116,9 +116,7 @@ def check_float32(checkpoint: Path, engine: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_and_biases_in_float32(
-    name: str, random_llama: RandomLlama, tmp_path: Path
-) -> None:
+def test_shapes_and_biases_in_float32(name: str, random_llama: RandomLlama, tmp_path: Path) -> None:
     check_float32(random_llama(**SHAPES[name]), tmp_path / "engine")
 
 
@@ -128,9 +126,7 @@ def test_rope_scalings_in_float32(name: str, random_llama: RandomLlama, tmp_path
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_members_of_the_family(
-    seed: int, random_llama: RandomLlama, tmp_path: Path
-) -> None:
+def test_random_members_of_the_family(seed: int, random_llama: RandomLlama, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
     num_kv_heads = int(rng.choice([1, 2, 3]))
     num_heads = num_kv_heads * int(rng.choice([1, 2, 3]))

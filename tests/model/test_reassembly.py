@@ -116,9 +116,7 @@ def test_biases_are_added_by_one_rank_only(tp: int, random_llama: Any, tmp_path:
 
 
 # tp 4 and 8 pad the ffn: 172 into parts of whole groups.
-@pytest.mark.parametrize(
-    ("tp", "pp"), [(1, 1), (2, 1), (8, 1), (4, 2)]
-)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (8, 1), (4, 2)])
 @pytest.mark.parametrize(
     ("quant", "group_size"), [("int8", None), ("int8", 32), ("int4", 32), ("int4", None)]
 )

@@ -11,6 +11,7 @@ import pytest
 from puna.builder import build
 from puna.checkpoint.dummy import DummyCheckpoint
 from puna.engine import RankMemory, rank_file_name, read_config
+from puna.llm import LLM
 from puna.memory import (
     available_bytes,
     human_bytes,
@@ -103,3 +104,12 @@ def test_human_bytes() -> None:
     found = [human_bytes(n) for n in (0, 999, 1000, 123_456_789, 999_600_000_000, 2 * 10**15)]
     assert found == ["0 B", "999 B", "1 kB", "123 MB", "1 TB", "2e+03 TB"]
     assert (available_bytes() or 1) > 0
+
+
+def test_a_sequence_may_be_as_long_as_the_limit(tmp_path: Path) -> None:
+    """33 tokens need a third block, in the KV cache and in the block table."""
+    config = BuildConfig(max_seq_len=33, max_batch_size=1)
+    planned = build(DummyCheckpoint(SPEC), tmp_path / "e", config).config
+    assert workspace_specs(planned, 0)["block_table_SM"][1] == (1, 3)
+    with LLM(tmp_path / "e") as llm:
+        assert np.isfinite(llm.logits([1] * 33)).all()
