@@ -9,6 +9,7 @@ with LLM("engine/") as llm:
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from puna.errors import PunaError
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "BuildConfig", "PunaError", "SamplingParams", "build"]
 
-_HOMES = {
-    "LLM": "puna.llm",
-    "BuildConfig": "puna.plan",
-    "SamplingParams": "puna.runtime.request",
-    "build": "puna.builder",
-}
+_HOMES = MappingProxyType(
+    {
+        "LLM": "puna.llm",
+        "BuildConfig": "puna.plan",
+        "SamplingParams": "puna.runtime.request",
+        "build": "puna.builder",
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,6 @@ def counter_bits(key0: int, key1: int, index: Array) -> Array:
 
     >>> counter_bits(1, 2, np.array([0, 1, 2**40], np.uint64)).tolist()
     [3405767568, 3507691905, 903288019]
-
     """
     index = np.asarray(index, np.uint64)
     x = mix32(index.astype(np.uint32) ^ np.uint32(key0))
@@ -60,7 +59,6 @@ def dummy_values(seed: int, name: str, num_cols: int, rows: slice, cols: slice) 
 
     Values are (sum of the hash's four bytes - 510) / 8192: near normal, mean 0, standard deviation
     0.018. `rows` needs a stop (the number of rows is not known here); a vector is one column.
-
     """
     row_start, row_stop = rows.start or 0, rows.stop
     col_start, col_stop, _ = cols.indices(num_cols)

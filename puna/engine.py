@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from puna.errors import EngineError, PunaError
 from puna.layout import ArraySpec, array_specs, check_layout
-from puna.mapping import Mapping
+from puna.mapping import Mapping, check_parallel
 from puna.quant import DTYPES, Format
 from puna.spec import GenerationDefaults, ModelSpec, exact_keys
 from puna.weights import EngineWeight, Extent, engine_weights, extent, on_rank, split
@@ -31,13 +32,15 @@ TOKENIZER_DIR = "tokenizer"
 # with aligned vector loads.
 ALIGNMENT = 64
 
-_SAFETENSORS_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": DTYPES["bfloat16"],
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
+_SAFETENSORS_DTYPES = MappingProxyType(
+    {
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": DTYPES["bfloat16"],
+        "I8": np.dtype(np.int8),
+        "U8": np.dtype(np.uint8),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class Limits:
 
     `max_num_tokens` is the token budget of a step; `num_blocks` KV blocks of `block_size` tokens
     include block 0, which is never used.
-
     """
 
     max_seq_len: int
@@ -172,15 +174,33 @@ class EngineConfig:
                     f"{path}: engine format {version!r} found, this puna reads format "
                     f"{FORMAT_VERSION}: rebuild the engine with puna build"
                 )
-            config = cls._from_json(exact_keys(cls, found))
-            for weight in config.weights.values():
-                Format.parse(weight.format)
-                check_layout(weight.layout)
+            check_json(exact_keys(cls, found), cls, "config")
+            config = cls._from_json(found)
+            config._check()
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise EngineError(f"{path}: {error}: rebuild the engine with puna build") from error
-        if not config.weights.keys() >= {"embed.weight"}:
-            raise EngineError(f"{path}: no weights are declared: rebuild the engine")
+        except PunaError as error:
+            if str(error).startswith(str(path)):
+                raise
+            raise EngineError(f"{path}: {error}: rebuild the engine with puna build") from error
         return config
+
+    def _check(self) -> None:
+        """What types alone do not say. Raises ValueError or PunaError."""
+        for name in ("ffn_multiple", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("dtype", "kv_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(DTYPES)}")
+        check_parallel(self.spec, self.tp_size, self.pp_size)
+        if len(self.memory) != self.world_size:
+            raise ValueError(f"memory of {len(self.memory)} ranks, needed {self.world_size}")
+        if "embed.weight" not in self.weights:
+            raise ValueError("no weights are declared")
+        for weight in self.weights.values():
+            Format.parse(weight.format)
+            check_layout(weight.layout)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> EngineConfig:
@@ -190,7 +210,7 @@ class EngineConfig:
             memory.append(RankMemory(**exact_keys(RankMemory, fields)))
             if memory[-1].total != rank["total"]:
                 raise ValueError("memory: total is not the sum of its parts")
-        provenance = exact_keys(Provenance, data["provenance"])
+        dummy, provenance = data["dummy"], exact_keys(Provenance, data["provenance"])
         provenance = Provenance(**{**provenance, "notes": tuple(provenance["notes"])})
         return cls(
             **{
@@ -204,13 +224,45 @@ class EngineConfig:
                 "memory": tuple(memory),
                 "resolved": {k: (value, why) for k, (value, why) in data["resolved"].items()},
                 "generation": GenerationDefaults.from_json(data["generation"]),
-                "dummy": data["dummy"] and DummyRecipe(**exact_keys(DummyRecipe, data["dummy"])),
+                "dummy": None if dummy is None else DummyRecipe(**exact_keys(DummyRecipe, dummy)),
                 "provenance": provenance,
             }
         )
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def check_json(value: Any, hint: Any, where: str) -> None:
+    """Raise ValueError unless `value`, read from JSON, is what the annotation `hint` stands for.
+
+    A dataclass is an object (its keys are checked by `exact_keys`) and a tuple a list.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(value, dict):
+        for name, field_hint in get_type_hints(hint).items():
+            if name in value:
+                check_json(value[name], field_hint, f"{where}.{name}")
+    elif origin is tuple and isinstance(value, list):
+        hints = args[:1] * len(value) if ... in args else args
+        if len(hints) != len(value):
+            raise ValueError(f"{where} has {len(value)} items, needed {len(hints)}")
+        for i, (item, item_hint) in enumerate(zip(value, hints, strict=True)):
+            check_json(item, item_hint, f"{where}[{i}]")
+    elif origin is dict and isinstance(value, dict):
+        for name, item in value.items():
+            check_json(item, args[1], f"{where}.{name}")
+    elif origin is UnionType:
+        if value is not None or NoneType not in args:
+            check_json(value, args[0], where)
+    elif origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(args)}")
+    elif hint is not Any:
+        kinds = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(hint, ())
+        if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+            name = getattr(hint, "__name__", hint)
+            raise ValueError(f"{where} is {value!r}; it must be {name}")
 
 
 def canonical_json(data: Any) -> bytes:
@@ -309,7 +361,6 @@ def rank_file(config: EngineConfig, rank: int, config_digest: str) -> RankFile:
 
     Gaps before aligned arrays are declared as U8 tensors named `_pad.N`, since safetensors allows
     none.
-
     """
     entries: dict[str, Any] = {
         "__metadata__": {

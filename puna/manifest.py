@@ -75,7 +75,6 @@ def write_manifest(
     """Digest every file below `engine_dir` and write its manifest.
 
     `progress` is told the bytes digested, file by file.
-
     """
     paths = sorted(path for path in engine_dir.rglob("*") if path.is_file())
     with ThreadPoolExecutor(threads) as pool:
@@ -100,7 +99,6 @@ def check_files(
 
     Raises EngineError naming every file that is missing, truncated, changed, or not listed in a
     folder that is read whole. `progress` is told the bytes checked, chunk by chunk.
-
     """
     ranks = list(ranks)
     listed = {file.path: file for file in manifest.files}

@@ -20,8 +20,7 @@ class Mapping:
     >>> m.world_size, m.tp_rank, m.pp_rank
     (8, 1, 2)
     >>> m.layers(10)
-    range(5, 8)
-
+    range(5, 7)
     """
 
     rank: int = 0

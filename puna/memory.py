@@ -43,7 +43,6 @@ def workspace_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
 
     The reference ops keep every matrix unpacked to float32 as well (`unpacked.*`): four bytes a
     weight, the price of plain NumPy matrix products.
-
     """
     spec, mapping, limits = config.spec, config.mapping(rank), config.limits
     num_tokens, num_seqs = limits.max_num_tokens, limits.max_batch_size

@@ -61,18 +61,18 @@ class BuildConfig:
             raise ConfigError(f"dtype {self.dtype!r}: use one of auto, {', '.join(DTYPES)}")
         if self.quant not in get_args(Quant):
             raise ConfigError(f"quant {self.quant!r}: use one of {', '.join(get_args(Quant))}")
-        for name in ("max_seq_len", "max_batch_size", "max_num_tokens"):
+        for name in ("max_seq_len", "max_batch_size", "max_num_tokens", "tp_size", "pp_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not 0 < value < 2**31):
+            if value is not None and (type(value) is not int or not 0 < value < 2**31):
                 raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
         if self.group_size is not None:
             if self.quant not in ("int8", "int4"):
                 raise ConfigError(
                     f"group_size {self.group_size} needs --quant int8 or int4, found {self.quant}"
                 )
-            if self.group_size < 0 or self.group_size % 16:
+            if type(self.group_size) is not int or self.group_size < 0 or self.group_size % 16:
                 raise ConfigError(
-                    f"group_size is {self.group_size}; use a multiple of 16, or 0 for one group "
+                    f"group_size is {self.group_size!r}; use a multiple of 16, or 0 for one group "
                     "per output channel"
                 )
 

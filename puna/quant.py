@@ -71,7 +71,6 @@ class Format:
 
     >>> Format.parse("int4-g32-min").name, Format.parse("bfloat16").is_dense
     ('int4-g32-min', True)
-
     """
 
     dtype: str = ""
@@ -178,7 +177,6 @@ def quantize(x_NK: Array, fmt: Format) -> QuantTensor:
     A zero group gets scale 0. The scale is rounded to scale_dtype before the weights are divided by
     it, so that the rounding of the scale does not add to the error. Raises ConfigError when the
     format has a minimum (those come from checkpoints, never from floats).
-
     """
     if fmt.has_min:
         raise ConfigError(f"puna does not quantise floats to {fmt.name}; use int8 or int4")

@@ -34,7 +34,6 @@ def rank_rows(weight: RankWeight, source: WeightSource) -> Iterator[tuple[int, d
     """Yield (first row, stored arrays by full name) until every row of the rank's tensor is given.
 
     Raises CheckpointError for values that are not finite or do not fit the stored dtype.
-
     """
     first = 0
     for part, rows in zip(weight.weight.parts, weight.rows, strict=True):

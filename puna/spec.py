@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args
 
 from puna.errors import CheckpointError
 
+# The table of weights grows with it; a damaged header must not make that endless.
+MAX_LAYERS = 10_000
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -21,7 +24,6 @@ class RopeSpec:
 
     `original_max_position_embeddings` is the length the model was first trained for; the three
     scalings that need it (dynamic, llama3, yarn) always have it, the others leave it 0.
-
     """
 
     theta: float = 10000.0
@@ -66,7 +68,6 @@ class ModelSpec:
 
     Every layer is: RMSNorm, attention (q, k, v, o), RMSNorm, gated SiLU MLP (gate, up, down).
     `attention_bias` puts a bias on q, k, v and o; `mlp_bias` on gate, up and down.
-
     """
 
     hidden_size: int
@@ -97,6 +98,10 @@ class ModelSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise CheckpointError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.num_layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"num_layers is {self.num_layers}; at most {MAX_LAYERS} make sense"
+            )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads "
@@ -104,6 +109,8 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}; RoPE needs an even number")
+        if self.rope.type == "dynamic" and self.head_dim == 2:
+            raise CheckpointError("head_dim is 2; dynamic RoPE scaling needs more")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps}; it must be positive")
 
@@ -132,7 +139,6 @@ class GenerationDefaults:
     """What the checkpoint says about sampling (generation_config.json); None where it says nothing.
 
     `eos_token_ids` end a sequence. `temperature` None or 0 means greedy.
-
     """
 
     eos_token_ids: tuple[int, ...] = ()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before NumPy is imported: tests run side by side, and BLAS threads that wait for each other's CPU
+# made a 1,024-token step five times slower (2 cores, OpenBLAS 0.3.31, 2026-11).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -7,6 +7,7 @@ which format the weights came from.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping as MappingABC
 from pathlib import Path
@@ -87,7 +88,7 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """
     # Each reader is imported when it is needed: together they take longer than reading a header.
     source = str(path_or_id)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         is_dir, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:

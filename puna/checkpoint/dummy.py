@@ -67,9 +67,9 @@ _SHORT = MappingProxyType(
         "theta": "rope_theta",
     }
 )
-_TYPES = {f.name: str(f.type) for f in fields(ModelSpec) if f.name != "rope"} | {
-    "rope_theta": "float"
-}
+_TYPES = MappingProxyType(
+    {f.name: str(f.type) for f in fields(ModelSpec) if f.name != "rope"} | {"rope_theta": "float"}
+)
 
 
 def parse_preset(text: str) -> ModelSpec:

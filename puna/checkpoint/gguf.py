@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,22 +22,26 @@ from puna.errors import CheckpointError
 from puna.quant import Array
 from puna.spec import GenerationDefaults, ModelSpec, RopeSpec
 
-_TOP = {
-    "token_embd.weight": "embed.weight",
-    "output_norm.weight": "norm.weight",
-    "output.weight": "head.weight",
-}
-_LAYER = {
-    "attn_norm": "attn_norm",
-    "ffn_norm": "mlp_norm",
-    "attn_q": "attn.q",
-    "attn_k": "attn.k",
-    "attn_v": "attn.v",
-    "attn_output": "attn.o",
-    "ffn_gate": "mlp.gate",
-    "ffn_up": "mlp.up",
-    "ffn_down": "mlp.down",
-}
+_TOP = MappingProxyType(
+    {
+        "token_embd.weight": "embed.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "head.weight",
+    }
+)
+_LAYER = MappingProxyType(
+    {
+        "attn_norm": "attn_norm",
+        "ffn_norm": "mlp_norm",
+        "attn_q": "attn.q",
+        "attn_k": "attn.k",
+        "attn_v": "attn.v",
+        "attn_output": "attn.o",
+        "ffn_gate": "mlp.gate",
+        "ffn_up": "mlp.up",
+        "ffn_down": "mlp.down",
+    }
+)
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
 _ROPE_FREQS = "rope_freqs.weight"
 _LLAMA3_LENGTH, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0  # of all Llama 3.1, 3.2 and 3.3 models

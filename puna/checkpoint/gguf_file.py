@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from puna.checkpoint.fields import brief
 from puna.checkpoint.mapped_file import MappedFile, check_no_overlap
 from puna.errors import CheckpointError
 
-_SCALARS = {  # value type -> struct code
+_SCALARS = MappingProxyType({  # value type -> struct code
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+})  # fmt: skip
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_DEPTH = 4  # of arrays in arrays
 _MAX_DIMS = 4

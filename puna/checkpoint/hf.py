@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 from puna.checkpoint.fields import brief, read_bytes, read_json
 from puna.checkpoint.hf_config import read_generation, read_spec
@@ -16,22 +17,26 @@ from puna.checkpoint.safetensors_file import read_safetensors
 from puna.checkpoint.stored import DenseTensor, FileCheckpoint, require_readable
 from puna.errors import CheckpointError
 
-_TOP = {
-    "model.embed_tokens.weight": "embed.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-}
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn.q_proj": "attn.q",
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.o_proj": "attn.o",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
+_TOP = MappingProxyType(
+    {
+        "model.embed_tokens.weight": "embed.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "head.weight",
+    }
+)
+_LAYER = MappingProxyType(
+    {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "self_attn.q_proj": "attn.q",
+        "self_attn.k_proj": "attn.k",
+        "self_attn.v_proj": "attn.v",
+        "self_attn.o_proj": "attn.o",
+        "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down",
+    }
+)
 _LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)\.(weight|bias)")
 _WEIGHTS = (  # in order of preference: the single file, and the index of several
     ("model.safetensors", "model.safetensors.index.json"),
@@ -45,7 +50,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_HUB_FILES = ["*.json", "*.model", "*.jinja", "*.safetensors"]
+_HUB_FILES = ("*.json", "*.model", "*.jinja", "*.safetensors")
 _LARGEST_TOKENIZER = 256 << 20
 
 
@@ -141,7 +146,9 @@ def download(hub_id: str) -> Path:
             "huggingface_hub, or pass a directory"
         ) from None
     try:
-        path = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        path = Path(
+            snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"])
+        )
         if not any(path.glob("*.safetensors")):
             patterns = [*_HUB_FILES, "*.bin"]
             path = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from math import isclose
 from pathlib import Path
+from types import MappingProxyType
 
 from puna.checkpoint.fields import Fields, brief, read_json
 from puna.checkpoint.hf import read_tokenizer_files
@@ -17,22 +18,26 @@ from puna.checkpoint.stored import DenseTensor, FileCheckpoint, require_readable
 from puna.errors import CheckpointError
 from puna.spec import GenerationDefaults, ModelSpec, RopeSpec
 
-_TOP = {
-    "tok_embeddings.weight": "embed.weight",
-    "norm.weight": "norm.weight",
-    "output.weight": "head.weight",
-}
-_LAYER = {
-    "attention_norm": "attn_norm",
-    "ffn_norm": "mlp_norm",
-    "attention.wq": "attn.q",
-    "attention.wk": "attn.k",
-    "attention.wv": "attn.v",
-    "attention.wo": "attn.o",
-    "feed_forward.w1": "mlp.gate",
-    "feed_forward.w3": "mlp.up",
-    "feed_forward.w2": "mlp.down",
-}
+_TOP = MappingProxyType(
+    {
+        "tok_embeddings.weight": "embed.weight",
+        "norm.weight": "norm.weight",
+        "output.weight": "head.weight",
+    }
+)
+_LAYER = MappingProxyType(
+    {
+        "attention_norm": "attn_norm",
+        "ffn_norm": "mlp_norm",
+        "attention.wq": "attn.q",
+        "attention.wk": "attn.k",
+        "attention.wv": "attn.v",
+        "attention.wo": "attn.o",
+        "feed_forward.w1": "mlp.gate",
+        "feed_forward.w3": "mlp.up",
+        "feed_forward.w2": "mlp.down",
+    }
+)
 _LAYER_NAME = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(.+)\.weight")
 _CHUNK_ROWS = 256
 

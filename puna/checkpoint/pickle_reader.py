@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -23,30 +24,32 @@ from puna.checkpoint.mapped_file import MappedFile
 from puna.checkpoint.stored import DenseTensor
 from puna.errors import CheckpointError
 
-_STORAGES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "FloatStorage": np.float32,
-        "HalfStorage": np.float16,
-        "BFloat16Storage": ml_dtypes.bfloat16,
-        "DoubleStorage": np.float64,
-        "ByteStorage": np.uint8,
-        "CharStorage": np.int8,
-        "ShortStorage": np.int16,
-        "IntStorage": np.int32,
-        "LongStorage": np.int64,
-        "BoolStorage": np.bool_,
-    }.items()
-}
+_STORAGES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
+    {
+        name: np.dtype(dtype)
+        for name, dtype in {
+            "FloatStorage": np.float32,
+            "HalfStorage": np.float16,
+            "BFloat16Storage": ml_dtypes.bfloat16,
+            "DoubleStorage": np.float64,
+            "ByteStorage": np.uint8,
+            "CharStorage": np.int8,
+            "ShortStorage": np.int16,
+            "IntStorage": np.int32,
+            "LongStorage": np.int64,
+            "BoolStorage": np.bool_,
+        }.items()
+    }
+)
 _CALLS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 _DICT = "collections.OrderedDict"
 
 _MARK = object()
-_PLAIN = {  # opcodes that push their argument
+_PLAIN = frozenset({  # opcodes that push their argument
     "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINBYTES", "SHORT_BINBYTES",
-}  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+})  # fmt: skip
+_CONSTANTS = MappingProxyType({"NONE": None, "NEWTRUE": True, "NEWFALSE": False})
 
 
 @dataclass(frozen=True)

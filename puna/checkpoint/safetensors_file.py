@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -21,27 +22,29 @@ from puna.errors import CheckpointError
 _LARGEST_HEADER = 100 << 20  # the reference implementation's limit
 
 # The types that are no floats are listed for their size: such a tensor can be named, not loaded.
-_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "BOOL": np.bool_,
-        "U8": np.uint8,
-        "I8": np.int8,
-        "F8_E4M3": np.uint8,
-        "F8_E5M2": np.uint8,
-        "F8_E8M0": np.uint8,
-        "U16": np.uint16,
-        "I16": np.int16,
-        "U32": np.uint32,
-        "I32": np.int32,
-        "U64": np.uint64,
-        "I64": np.int64,
-    }.items()
-}
+_DTYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
+    {
+        name: np.dtype(dtype)
+        for name, dtype in {
+            "F64": np.float64,
+            "F32": np.float32,
+            "F16": np.float16,
+            "BF16": ml_dtypes.bfloat16,
+            "BOOL": np.bool_,
+            "U8": np.uint8,
+            "I8": np.int8,
+            "F8_E4M3": np.uint8,
+            "F8_E5M2": np.uint8,
+            "F8_E8M0": np.uint8,
+            "U16": np.uint16,
+            "I16": np.int16,
+            "U32": np.uint32,
+            "I32": np.int32,
+            "U64": np.uint64,
+            "I64": np.int64,
+        }.items()
+    }
+)
 
 
 def read_safetensors(path: Path) -> dict[str, DenseTensor]:

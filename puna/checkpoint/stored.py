@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,9 @@ from puna.errors import CheckpointError
 from puna.quant import DTYPES, Array, Format, QuantTensor
 from puna.spec import GenerationDefaults, ModelSpec
 
-_FLOATS = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.float64): "float32"}
+_FLOATS = MappingProxyType(
+    {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.float64): "float32"}
+)
 
 
 class StoredTensor(Protocol):

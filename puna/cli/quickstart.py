@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -58,21 +59,14 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
 
 
 def quickstart(args: argparse.Namespace) -> int:
-    from puna.llm import LLM
-
-    try:
-        cache = Path(args.cache).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"--cache {args.cache} is no folder ({error}): name one") from error
+    cache = Path(os.path.expanduser(args.cache))
     source = args.model or str(fetch_smollm2(cache))
     engine = cache / "engines" / _engine_name(source)
     if _is_engine_of(engine, source):
         print(f"engine of an earlier run: {engine}")
     else:
         _build(source, engine)
-    start = time.perf_counter()
-    with LLM(engine) as llm:
-        print(f"loaded and verified in {time.perf_counter() - start:.1f} s\n")
+    with _load(engine, source) as llm:
         _answer(llm, args.question)
     print(
         f"\nThe engine lies in {engine}\nTry next:\n"
@@ -81,6 +75,22 @@ def quickstart(args: argparse.Namespace) -> int:
         f"  puna inspect {engine}"
     )
     return 0
+
+
+def _load(engine: Path, source: str) -> LLM:
+    """The engine, built again where the one of an earlier run turns out to be damaged."""
+    from puna.llm import LLM
+
+    start = time.perf_counter()
+    try:
+        llm = LLM(engine)
+    except EngineError as error:
+        print(f"{error}: building it again")
+        _build(source, engine)
+        start = time.perf_counter()
+        llm = LLM(engine)
+    print(f"loaded and verified in {time.perf_counter() - start:.1f} s\n")
+    return llm
 
 
 def _answer(llm: LLM, question: str) -> None:
@@ -125,18 +135,24 @@ def _build(source: str, engine: Path) -> None:
 
 def _engine_name(source: str) -> str:
     """A folder name that tells two checkpoints of the same file name apart."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     known = str(path.resolve()) if path.exists() else source
     return f"{path.name or 'engine'}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
 
 
 def _is_engine_of(engine: Path, source: str) -> bool:
-    from puna.engine import read_config
+    """Whether the engine was built from what `source` names, as that is now."""
+    from puna.engine import CONFIG_FILE, read_config
 
     try:
-        return read_config(engine).provenance.source == source
+        if read_config(engine).provenance.source != source:
+            return False
     except EngineError:
         return False
+    path = Path(os.path.expanduser(source))
+    files = [path] if path.is_file() else path.glob("*")
+    built = (engine / CONFIG_FILE).stat().st_mtime
+    return all(file.stat().st_mtime <= built for file in files if file.is_file())
 
 
 def fetch_smollm2(cache: Path) -> Path:

@@ -51,7 +51,6 @@ class Linear:
 
     Each part is whatever the backend made of a stored tensor when it was loaded; the model only
     passes it on.
-
     """
 
     weights: tuple[Any, ...]

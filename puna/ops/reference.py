@@ -30,12 +30,22 @@ CONTEXT = 256
 
 
 class ReferenceProgram:
-    """A list of calls."""
+    """A list of calls, and how many threads BLAS may use for them (None: as many as it likes)."""
 
-    def __init__(self, calls: tuple[Callable[[], None], ...]) -> None:
+    def __init__(self, calls: tuple[Callable[[], None], ...], threads: int | None) -> None:
         self._calls = calls
+        self._threads = threads
 
     def run(self) -> None:
+        if self._threads is None:
+            self._run()
+            return
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(self._threads, user_api="blas"):
+            self._run()
+
+    def _run(self) -> None:
         for call in self._calls:
             call()
 
@@ -43,7 +53,8 @@ class ReferenceProgram:
 class ReferenceOps:
     """NumPy operations; weights are float32 matrices [N, K], unpacked when loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
         self._calls: list[Callable[[], None]] | None = None
 
     def load_matrix(self, arrays: dict[str, Array], format_name: str, out_NK: Array) -> Array:
@@ -60,7 +71,7 @@ class ReferenceOps:
         self._calls = []
         try:
             emit()
-            return ReferenceProgram(tuple(self._calls))
+            return ReferenceProgram(tuple(self._calls), self._threads)
         finally:
             self._calls = None
 

@@ -31,7 +31,6 @@ class SamplingBatch:
     `num_logprobs_L` is -1 for rows that want no logprobs. The C pairs exist only for rows with
     penalties: `seen_counts_C` is how often the sequence generated the token, 0 for a token that
     only its prompt has.
-
     """
 
     temperature_L: Array  # float32; 0 is greedy
@@ -60,7 +59,6 @@ class SampleResult:
 
     `logprobs_L` is NaN in rows that did not ask. `top_ids_LK` are the most likely tokens, best
     first; a row that asked for fewer than K has as many as it asked for, then -1.
-
     """
 
     token_ids_L: Array  # int32
@@ -146,7 +144,6 @@ def gumbel(seed: int, stream: int, position: int, token_ids: Array) -> Array:
     """Return standard Gumbel noise that depends on the arguments alone.
 
     Two 32-bit keys are drawn from (seed, stream, position), then 32 bits for each token from them.
-
     """
     counter = np.uint64(2) * np.uint64((stream << 32) | position)
     pair = np.array([counter, counter + np.uint64(1)], np.uint64)

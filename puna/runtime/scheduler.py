@@ -74,7 +74,8 @@ class Scheduler:
             raise RequestError("the prompt is empty; it needs at least one token")
         if num_prompt > self.max_seq_len:
             raise RequestError(
-                f"the prompt has {num_prompt} tokens; the engine takes at most {self.max_seq_len}"
+                f"the prompt has {num_prompt} tokens; the engine takes at most {self.max_seq_len}: "
+                "shorten it, or build with a larger --max-seq-len"
             )
         if (
             not 0

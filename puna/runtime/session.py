@@ -62,7 +62,6 @@ class Session:
     """One rank of an engine. `submit` runs a step, `collect` returns its result.
 
     Made by `Session.open`. Steps must be run from one thread at a time.
-
     """
 
     def __init__(
@@ -73,14 +72,13 @@ class Session:
         num_blocks: int,
         stored: dict[str, Array],
         stored_bytes: int,
-        close_stored: Callable[[], None],
+        threads: int | None,
     ) -> None:
         self.engine_dir = engine_dir
         self.config = config
         self.num_blocks = num_blocks
         self.block_size = config.limits.block_size
-        self._close_stored = close_stored
-        self._ops: Ops = ReferenceOps()
+        self._ops: Ops = ReferenceOps(threads)
         self._arrays = {
             name: np.empty(shape, dtype)
             for name, (dtype, shape) in workspace_specs(config, rank).items()
@@ -111,19 +109,19 @@ class Session:
     ) -> Session:
         """Check an engine and bring one rank of it into memory.
 
-        `max_batch_size` and `max_num_tokens` may lower the engine's limits. `progress` is told the
+        `max_batch_size` and `max_num_tokens` may lower the engine's limits; `threads` limits those
+        that compute (None: all CPUs) and those that check digests. `progress` is told the
         bytes checked and their total. Raises EngineError or LaunchError before anything large is
         allocated; a byte that differs from the manifest is found before this returns.
-
         """
         engine_dir = Path(engine_dir)
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}; it must be at least 1")
-        threads = threads or os.cpu_count() or 1
+        num_readers = threads or os.cpu_count() or 1
         config = read_config(engine_dir)
         manifest = read_manifest(engine_dir)
         # The small files first: what the config says is believed only if it is what was written.
-        check_files(engine_dir, manifest, (), threads)
+        check_files(engine_dir, manifest, (), num_readers)
         digest = config.digest()
         _check_device(device, config)
         if config.world_size != world_size:
@@ -147,13 +145,13 @@ class Session:
                 progress(checked, total)
 
         ranks = () if config.dummy else (rank,)
-        check_files(engine_dir, manifest, ranks, threads, report)
+        check_files(engine_dir, manifest, ranks, num_readers, report)
         layout = rank_file(config, rank, digest)
         if config.dummy is not None:
-            stored, close = _generate(config, rank, layout), _nothing
+            stored = _generate(config, rank, layout)
         else:
-            stored, close = _map(engine_dir / rank_file_name(rank), layout)
-        return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, close)
+            stored = _map(engine_dir / rank_file_name(rank), layout)
+        return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, threads)
 
     @property
     def memory(self) -> RankMemory:
@@ -188,7 +186,7 @@ class Session:
         self._programs.clear()
         self._heads.clear()
         self._arrays.clear()
-        self._close_stored()
+        del self._model, self._kv_cache
 
     def _forward(self, batch: ForwardBatch) -> int:
         num_tokens, num_seqs = batch.num_tokens, batch.num_seqs
@@ -325,16 +323,12 @@ def _check_ram(config: EngineConfig, rank: int, num_blocks: int) -> None:
         )
 
 
-def _nothing() -> None:
-    """What closes a session that holds no file."""
-
-
-def _map(path: Path, layout: RankFile) -> tuple[dict[str, Array], Callable[[], None]]:
+def _map(path: Path, layout: RankFile) -> dict[str, Array]:
     """Arrays over a memory map of the rank's file; two processes share its pages."""
     check_rank_file(path, layout)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _views(np.frombuffer(mapped, np.uint8), layout), _nothing
+    return _views(np.frombuffer(mapped, np.uint8), layout)
 
 
 def _generate(config: EngineConfig, rank: int, layout: RankFile) -> dict[str, Array]:

@@ -39,30 +39,32 @@ _TEKKEN = (
 )
 _THREE_DIGITS = "[0-9][0-9][0-9]"
 
-_RULES = {
-    # Llama 3; a whole word that is a token stays one.
-    ("llama-bpe", "llama3", "llama-v3", "falcon3"): PreTokenizer((_LLAMA3,), True, True),
-    ("dbrx", "smaug-bpe"): PreTokenizer((_LLAMA3,)),
-    ("tekken",): PreTokenizer((_TEKKEN,), True, True),  # Mistral NeMo
-    ("qwen2", "stablelm2", "megrez"): PreTokenizer((_tiktoken_style(_DIGIT),)),
-    ("gpt-2", "phi-2", "gigachat", "mpt", "olmo", "jais"): PreTokenizer((_GPT2,)),
-    # Every digit alone, before GPT-2's rule. Converters that drop the first pattern give numbers
-    # other ids than the model was trained on.
-    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): (
-        PreTokenizer((_DIGIT, _GPT2))
-    ),
-    ("default",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _THREE_DIGITS)),
-    ("falcon",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _THREE_DIGITS)),
-    ("deepseek-coder",): PreTokenizer(
-        (
-            r"[\r\n]",
-            r"\s?\p{L}+",
-            r"\s?\p{P}+",
-            "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-            _DIGIT,
-        )
-    ),
-}
+_RULES = MappingProxyType(
+    {
+        # Llama 3; a whole word that is a token stays one.
+        ("llama-bpe", "llama3", "llama-v3", "falcon3"): PreTokenizer((_LLAMA3,), True, True),
+        ("dbrx", "smaug-bpe"): PreTokenizer((_LLAMA3,)),
+        ("tekken",): PreTokenizer((_TEKKEN,), True, True),  # Mistral NeMo
+        ("qwen2", "stablelm2", "megrez"): PreTokenizer((_tiktoken_style(_DIGIT),)),
+        ("gpt-2", "phi-2", "gigachat", "mpt", "olmo", "jais"): PreTokenizer((_GPT2,)),
+        # Every digit alone, before GPT-2's rule. Converters that drop the first pattern give
+        # numbers other ids than the model was trained on.
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): (
+            PreTokenizer((_DIGIT, _GPT2))
+        ),
+        ("default",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _THREE_DIGITS)),
+        ("falcon",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _THREE_DIGITS)),
+        ("deepseek-coder",): PreTokenizer(
+            (
+                r"[\r\n]",
+                r"\s?\p{L}+",
+                r"\s?\p{P}+",
+                "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+                _DIGIT,
+            )
+        ),
+    }
+)
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
     {name: rule for names, rule in _RULES.items() for name in names}

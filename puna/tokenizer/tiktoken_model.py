@@ -10,6 +10,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from puna.errors import TokenizerError
@@ -25,16 +26,18 @@ LLAMA3_SPLIT = (
 NUM_SPECIAL = 256
 # By position behind the ranks; the others are <|reserved_special_token_N|>. The names are those of
 # Llama 3.1: the rank file is the same as 3.0's, where eom, python_tag and the pad were reserved.
-SPECIAL_NAMES = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    4: "<|finetune_right_pad_id|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-    10: "<|python_tag|>",
-}
+SPECIAL_NAMES = MappingProxyType(
+    {
+        0: "<|begin_of_text|>",
+        1: "<|end_of_text|>",
+        4: "<|finetune_right_pad_id|>",
+        6: "<|start_header_id|>",
+        7: "<|end_header_id|>",
+        8: "<|eom_id|>",
+        9: "<|eot_id|>",
+        10: "<|python_tag|>",
+    }
+)
 # Longer runs without a change between space and non-space are cut: the pattern backtracks over a
 # run. Meta's code has the same limit, so the ids agree.
 MAX_RUN = 25_000

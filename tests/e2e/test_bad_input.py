@@ -215,7 +215,7 @@ def test_gguf_that_puna_does_not_read(tmp_path: Path, refused: Refused) -> None:
     ("options", "message"),
     [
         (("--tp", 3), "4 heads and 2 KV heads cannot be split over tp 3: use tp 1, 2, 4"),
-        (("--tp", 0), "must be at least 1"),
+        (("--tp", 0), "tp_size is 0; it must be a positive whole number"),
         (("--pp", 3), "2 layers cannot be split over pp 3: use pp 2 or fewer"),
         (("--target", "sm_90"), "target 'sm_90' is not built by this version"),
         (("--kv-dtype", "fp8"), "use auto"),

@@ -31,7 +31,6 @@ class Activations:
     """Arrays that a step writes, at their largest; a step uses the first rows.
 
     T tokens, D hidden, Q query heads x head_dim, F ffn on this rank; all float32.
-
     """
 
     residual_TD: Array
