@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.record import ROOT, about, write
 from puna.checkpoint.dummy import parse_preset
 from puna.checkpoint.hf import canonical_name
 from puna.spec import ModelSpec
 from puna.weights import checkpoint_weights
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = Path(__file__).parent / "results" / "build_memory.json"
 PRESET = "tinyllama-1.1b"
 INTERVAL = 0.02
 LIMIT_BYTES = 700_000_000
@@ -170,47 +166,20 @@ def session_memory(engine: Path) -> dict[str, int]:
     return held
 
 
-def about() -> dict[str, Any]:
-    """Machine, versions and commit: what a figure means nothing without."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    meminfo = Path("/proc/meminfo").read_text()
-    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
-    total = re.search(r"^MemTotal:\s+(\d+)", meminfo, re.M)
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return {
-        "machine": {
-            "cpu": name[1] if name else platform.processor(),
-            "num_cpus": os.cpu_count(),
-            "ram_bytes": 1024 * int(total[1]) if total else None,
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("numpy", "ml_dtypes")},
-        },
-        "commit": commit.stdout.strip() + (" and changes" if changes.stdout.strip() else ""),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the memory of a build.")
     parser.add_argument("--session", action="store_true", help="also open the engine: 6 GB of RAM")
     parser.add_argument("--workers", type=int, metavar="N", help="threads of the build")
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="puna-build-memory-") as folder:
         figures = measure(Path(folder), workers=args.workers)
         if args.session:
             figures["session"] = session_memory(Path(folder) / "engine")
-    command = ["python", "-m", "benchmarks.build_memory", *sys.argv[1:]]
-    record = {**figures, "limit_bytes": LIMIT_BYTES, "command": " ".join(command), **about()}
-    text = json.dumps(record, indent=2) + "\n"
-    print(text, end="")
+    record = {**figures, "limit_bytes": LIMIT_BYTES, **about("build_memory")}
+    print(json.dumps(record, indent=2))
     if args.write:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(text)
+        write("build_memory", record)
 
 
 if __name__ == "__main__":

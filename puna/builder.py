@@ -39,11 +39,12 @@ from puna.engine import (
     rank_file_name,
     rank_weights,
 )
-from puna.errors import CheckpointError, ConfigError
+from puna.errors import CheckpointError, ConfigError, TokenizerError
 from puna.manifest import MANIFEST_FILE, READ_BYTES, is_rank_file, write_manifest
 from puna.memory import available_bytes, human_bytes
 from puna.plan import BuildConfig, CheckpointFacts, plan
 from puna.shard import CHUNK_WEIGHTS, WeightSource, rank_rows
+from puna.tokenizer import load_tokenizer
 from puna.version import puna_version
 from puna.weights import checkpoint_weights
 
@@ -190,6 +191,8 @@ def _write(
     bar: _Bar,
 ) -> EngineConfig:
     """Fill `folder` with a whole engine; returns the config with the digests of its sources."""
+    if tokenizer:
+        _write_tokenizer(folder / TOKENIZER_DIR, tokenizer)
     placeholder = "0" * 64
     if planned.dummy is None:
         layouts = [rank_file(planned, rank, placeholder) for rank in range(planned.world_size)]
@@ -202,12 +205,22 @@ def _write(
         header = rank_file(planned, rank, planned.digest()).header
         with (folder / rank_file_name(rank)).open("r+b") as file:
             file.write(header)
-    if tokenizer:
-        (folder / TOKENIZER_DIR).mkdir()
-        for name, data in tokenizer.items():
-            (folder / TOKENIZER_DIR / name).write_bytes(data)
     write_manifest(folder, workers, bar.add)
     return planned
+
+
+def _write_tokenizer(folder: Path, files: MappingABC[str, bytes]) -> None:
+    """Write the files and load what they make: the build should fail, not the first run."""
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    try:
+        load_tokenizer(folder)
+    except TokenizerError as error:
+        found = str(error).replace(f"{folder}{os.sep}", "")
+        raise TokenizerError(
+            f"the tokenizer cannot be used ({found}): mend it, or take another with --tokenizer DIR"
+        ) from error
 
 
 def _write_ranks(
