@@ -2,47 +2,31 @@
 
 Load a few rows, shard, quantise, pack, write; then digest, and rename the finished directory to its
 name. Peak memory is a few chunks a worker, whatever the model's size. What is built was decided by
-`puna.plan`; this file decides only how it reaches the disk, and that a build that dies leaves
-nothing under the engine's name.
+`puna.plan`; this file decides only how the bytes get there, and
+`puna.output` how the directory gets its name.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import hashlib
-import json
 import os
-import secrets
 import shutil
-import sys
-from collections.abc import Callable, Iterator
 from collections.abc import Mapping as MappingABC
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Protocol
 
 from puna.checkpoint import Checkpoint, open_checkpoint
-from puna.engine import (
-    CONFIG_FILE,
-    TOKENIZER_DIR,
-    DummyRecipe,
-    EngineConfig,
-    Provenance,
-    RankFile,
-    RankWeight,
-    rank_file,
-    rank_file_name,
-    rank_weights,
-)
+from puna.engine import CONFIG_FILE, TOKENIZER_DIR, DummyRecipe, EngineConfig, Provenance
 from puna.errors import CheckpointError, ConfigError, TokenizerError
-from puna.manifest import MANIFEST_FILE, READ_BYTES, is_rank_file, write_manifest
+from puna.manifest import READ_BYTES, write_manifest
 from puna.memory import available_bytes, human_bytes
+from puna.output import check_output, finish, is_engine, workspace
 from puna.plan import BuildConfig, CheckpointFacts, plan
+from puna.rank_file import RankFile, RankWeight, rank_file, rank_file_name, rank_weights
 from puna.shard import CHUNK_WEIGHTS, WeightSource, rank_rows
 from puna.tokenizer import load_tokenizer
 from puna.version import puna_version
@@ -73,7 +57,7 @@ class BuildResult:
 
 def open_source(path: str | Path) -> Checkpoint:
     """Open a checkpoint (see `open_checkpoint`); an engine in its place gets its own message."""
-    if _is_engine(Path(os.path.expanduser(path))):
+    if is_engine(Path(os.path.expanduser(path))):
         raise CheckpointError(
             f"{path} is an engine already: run it with puna run {path}, or build from the "
             "checkpoint that it came from"
@@ -145,7 +129,8 @@ def build(
     CPUs of this machine, at most 4). `force` replaces an engine at `out`, and nothing else.
     `materialize` writes dummy weights out instead of their recipe. `tokenizer` gives the files of
     the engine's tokenizer in place of the checkpoint's. Raises PunaError for what the user can
-    mend; whatever happens, `out` is a whole engine or what it was before."""
+    mend; whatever happens, `out` is a whole engine or what it was before.
+    """
     if not isinstance(checkpoint, (str, Path)):
         return _build(
             checkpoint, Path(out), config, workers, force, materialize, tokenizer, progress
@@ -166,7 +151,7 @@ def _build(
 ) -> BuildResult:
     out = Path(os.path.abspath(out))
     planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
-    _check_output(out, force)
+    check_output(out, force)
     if workers is None:
         workers = min(_num_cpus(), MAX_DEFAULT_WORKERS)
     if workers < 1:
@@ -174,10 +159,10 @@ def _build(
     files = checkpoint.tokenizer_files() if tokenizer is None else tokenizer
     _check_room(out, planned, workers)
     sources = _existing(checkpoint)
-    with _workspace(out) as folder:
+    with workspace(out) as folder:
         bar = _Bar(planned, sources, progress)
         planned = _write(folder, planned, checkpoint, sources, files, workers, bar)
-        _finish(folder, out, force)
+        finish(folder, out, force)
     return BuildResult(out, planned)
 
 
@@ -337,144 +322,3 @@ def _check_room(out: Path, planned: EngineConfig, workers: int) -> None:
             f"{human_bytes(available)} of RAM are free, {workers} workers need "
             f"{human_bytes(needed)}: lower --workers, or close other programs"
         )
-
-
-def _check_output(out: Path, force: bool) -> None:
-    if not os.path.lexists(out):
-        return
-    if not force:
-        raise ConfigError(f"{out} exists already: choose another -o, or replace it with --force")
-    if reason := _why_kept(out):
-        raise ConfigError(
-            f"{out} {reason}, and --force replaces puna engines only: remove it yourself, or "
-            "choose another -o"
-        )
-
-
-def _why_kept(out: Path) -> str | None:
-    """Why --force must not replace `out`; None for an engine, whole or damaged, of any version."""
-    if out.is_symlink():
-        return "is a link"
-    if not out.is_dir():
-        return "is a file"
-    if not _is_engine(out):
-        return "is not a puna engine"
-    own = (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_DIR, "kernels")
-    others = sorted(p.name for p in out.iterdir() if p.name not in own and not is_rank_file(p.name))
-    return f"holds {others[0]}, which is no part of an engine" if others else None
-
-
-def _is_engine(path: Path) -> bool:
-    """Whether config.json or manifest.json is one that a puna of some version wrote."""
-    marks = ((CONFIG_FILE, {"format_version", "spec"}), (MANIFEST_FILE, {"files", "digest"}))
-    for name, keys in marks:
-        try:
-            found = json.loads((path / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and keys <= found.keys():
-            return True
-    return False
-
-
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is removed unless it was renamed, and by the next build at the
-    latest: a lock on the folder tells which builds are still alive."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.iterdir():
-            if stale.name.startswith(f"{out.name}.tmp-") and _is_workspace(stale, out):
-                _remove_if_dead(stale)
-        folder, lock = _locked_folder(out)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written: {error.strerror}: choose another -o"
-        ) from error
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _is_workspace(path: Path, out: Path) -> bool:
-    """Whether a build made this folder: a user's own `engine.tmp-notes` stays."""
-    suffix = path.name.removeprefix(f"{out.name}.tmp-")
-    is_ours = len(suffix) == 8 and set(suffix) <= set("0123456789abcdef")
-    return is_ours and path.is_dir() and not path.is_symlink()
-
-
-def _locked_folder(out: Path) -> tuple[Path, int]:
-    while True:
-        folder = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
-        folder.mkdir()
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # Another build took it for a dead one before it was locked.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)  # The same, a moment later.
-
-
-def _remove_if_dead(folder: Path) -> None:
-    try:
-        lock = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return  # Its build has just ended.
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return  # Another build is writing it now.
-    finally:
-        os.close(lock)
-
-
-def _finish(folder: Path, out: Path, force: bool) -> None:
-    """Make everything durable, then give the folder its name, atomically."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if not _renamed(folder, out):
-        _check_output(out, force)  # It may have come into being during the build.
-        if not _exchange(folder, out):
-            # Between the two renames there is no engine: the price where names cannot be exchanged.
-            old = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _renamed(folder: Path, out: Path) -> bool:
-    """Give the folder its name; False where that is taken."""
-    if os.path.lexists(out):
-        return False
-    try:
-        folder.rename(out)
-    except OSError:
-        if os.path.lexists(out):  # Another build has just finished.
-            return False
-        raise
-    return True
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names atomically (Linux's renameat2); False where the system cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_fdcwd, rename_exchange = -100, 2
-    if renameat2 is None:
-        return False
-    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0

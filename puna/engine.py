@@ -1,7 +1,7 @@
 """The engine directory: the waist between build and runtime, which share nothing else.
 
-`EngineConfig` is `config.json`; from it and the weight table follows the schema of every rank's
-file, to the byte. This file decides the format (docs/engine-format.md describes it) and knows
+`EngineConfig` is `config.json`. From it and the weight table follows the schema of every rank's
+file (`puna.rank_file`). This file decides the format (docs/engine-format.md describes it) and knows
 neither how weights were obtained nor what runs them. Digests are in `puna.manifest`.
 """
 
@@ -10,37 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import numpy as np
+from typing import Any
 
 from puna.errors import EngineError, PunaError
-from puna.layout import ArraySpec, array_specs, check_layout
+from puna.layout import check_layout
 from puna.mapping import Mapping, check_parallel
 from puna.quant import DTYPES, Format
-from puna.spec import GenerationDefaults, ModelSpec, exact_keys
-from puna.weights import EngineWeight, Extent, engine_weights, extent, on_rank, split
+from puna.spec import GenerationDefaults, ModelSpec
+from puna.strict_json import canonical_json, check_json, exact_keys
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 TOKENIZER_DIR = "tokenizer"
-# Every array starts at a multiple of this many bytes of its file, so that a memory map can be read
-# with aligned vector loads.
-ALIGNMENT = 64
-
-_SAFETENSORS_DTYPES = MappingProxyType(
-    {
-        "F32": np.dtype(np.float32),
-        "F16": np.dtype(np.float16),
-        "BF16": DTYPES["bfloat16"],
-        "I8": np.dtype(np.int8),
-        "U8": np.dtype(np.uint8),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -233,165 +216,6 @@ class EngineConfig:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
-def check_json(value: Any, hint: Any, where: str) -> None:
-    """Raise ValueError unless `value`, read from JSON, is what the annotation `hint` stands for.
-
-    A dataclass is an object (its keys are checked by `exact_keys`) and a tuple a list.
-    """
-    origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) and isinstance(value, dict):
-        for name, field_hint in get_type_hints(hint).items():
-            if name in value:
-                check_json(value[name], field_hint, f"{where}.{name}")
-    elif origin is tuple and isinstance(value, list):
-        hints = args[:1] * len(value) if ... in args else args
-        if len(hints) != len(value):
-            raise ValueError(f"{where} has {len(value)} items, needed {len(hints)}")
-        for i, (item, item_hint) in enumerate(zip(value, hints, strict=True)):
-            check_json(item, item_hint, f"{where}[{i}]")
-    elif origin is dict and isinstance(value, dict):
-        for name, item in value.items():
-            check_json(item, args[1], f"{where}.{name}")
-    elif origin is UnionType:
-        if value is not None or NoneType not in args:
-            check_json(value, args[0], where)
-    elif origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(args)}")
-    elif hint is not Any:
-        kinds = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(hint, ())
-        if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
-            name = getattr(hint, "__name__", hint)
-            raise ValueError(f"{where} is {value!r}; it must be {name}")
-
-
-def canonical_json(data: Any) -> bytes:
-    """One spelling for one value: sorted keys, two spaces, a newline at the end."""
-    return (json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-@dataclass(frozen=True)
-class RankWeight:
-    """One engine tensor as a rank holds it: padded size, and where each part's rows come from."""
-
-    weight: EngineWeight
-    format: Format
-    layout: str
-    rows: tuple[Extent, ...]  # one a part, stacked in this order
-    cols: Extent
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def num_rows(self) -> int:
-        return sum(rows.size for rows in self.rows)
-
-    @property
-    def num_cols(self) -> int:
-        return self.cols.size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.num_rows, self.num_cols) if self.weight.is_matrix else (self.num_rows,)
-
-    def array_specs(self) -> dict[str, ArraySpec]:
-        """Stored arrays by full name. Vectors are one float32 array."""
-        if not self.weight.is_matrix:
-            return {self.name: (np.dtype(np.float32), self.shape)}
-        specs = array_specs(self.format, self.num_rows, self.num_cols)
-        return {f"{self.name}.{suffix}": spec for suffix, spec in specs.items()}
-
-
-def rank_weights(config: EngineConfig, rank: int) -> list[RankWeight]:
-    """The schema of one rank: its tensors in the order of execution, which is also file order."""
-    return list(_rank_weights(config, rank))
-
-
-def _rank_weights(config: EngineConfig, rank: int) -> Iterator[RankWeight]:
-    spec, mapping = config.spec, config.mapping(rank)
-    multiples = {"ffn": config.ffn_multiple, "vocab": config.vocab_multiple}
-
-    def held(axis: Any, size: int) -> Extent:
-        return extent(axis, size, spec, mapping, multiples.get(axis, 1))
-
-    for fused in on_rank(engine_weights(spec), spec, mapping):
-        for weight in (fused,) if fused.name in config.weights else split(fused):
-            stored = config.weights.get(weight.name)
-            if stored is None:
-                raise EngineError(
-                    f"config.json declares no weight {weight.name}: rebuild the engine"
-                )
-            rows = tuple(held(part.axes[0], part.shape[0]) for part in weight.parts)
-            first = weight.parts[0]
-            cols = held(first.axes[1], first.shape[1]) if weight.is_matrix else Extent(0, 1, 1)
-            yield RankWeight(weight, Format.parse(stored.format), stored.layout, rows, cols)
-
-
-def rank_file_name(rank: int) -> str:
-    return f"rank{rank}.safetensors"
-
-
-@dataclass(frozen=True)
-class StoredArray:
-    """Where one array lies in a rank's file, in bytes from its start."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class RankFile:
-    """The exact bytes of a rank's file but for the arrays: header and offsets."""
-
-    header: bytes
-    arrays: dict[str, StoredArray]
-    num_bytes: int
-
-
-def rank_file(config: EngineConfig, rank: int, config_digest: str) -> RankFile:
-    """Lay out a rank's safetensors file. Pure: the digest has a fixed length, so sizes never
-    change.
-
-    Gaps before aligned arrays are declared as U8 tensors named `_pad.N`, since safetensors allows
-    none.
-    """
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "config_digest": config_digest,
-            "format_version": str(config.format_version),
-            "rank": str(rank),
-        }
-    }
-    names = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
-    relative: dict[str, StoredArray] = {}
-    end = 0
-    for weight in rank_weights(config, rank):
-        for name, (dtype, shape) in weight.array_specs().items():
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-            if start > end:
-                pad = {"dtype": "U8", "shape": [start - end], "data_offsets": [end, start]}
-                entries[f"_pad.{len(entries)}"] = pad
-            relative[name] = array = StoredArray(dtype, shape, start)
-            end = start + array.num_bytes
-            offsets = [start, end]
-            entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": offsets}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-(len(header) + 8) % ALIGNMENT)
-    base = 8 + len(header)
-    arrays = {
-        name: StoredArray(array.dtype, array.shape, base + array.offset)
-        for name, array in relative.items()
-    }
-    return RankFile(len(header).to_bytes(8, "little") + header, arrays, base + end)
-
-
 def read_config(engine_dir: Path) -> EngineConfig:
     """Read and check config.json; EngineError says what is wrong and what to do."""
     path = engine_dir / CONFIG_FILE
@@ -414,15 +238,3 @@ def read_config(engine_dir: Path) -> EngineConfig:
         raise
     except PunaError as error:
         raise EngineError(f"{path}: {error}: rebuild the engine") from error
-
-
-def check_rank_file(path: Path, layout: RankFile) -> None:
-    """Raise EngineError unless the file has the size and the header that its config asks for."""
-    with path.open("rb") as file:
-        is_right = file.read(len(layout.header)) == layout.header
-    size = path.stat().st_size
-    if not is_right or size != layout.num_bytes:
-        raise EngineError(
-            f"{path} ({size:,} bytes) does not fit {CONFIG_FILE} beside it, which asks for "
-            f"{layout.num_bytes:,} bytes: build the engine again"
-        )

@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from puna.engine import CONFIG_FILE, TOKENIZER_DIR, canonical_json, rank_file_name
+from puna.engine import CONFIG_FILE, TOKENIZER_DIR
 from puna.errors import EngineError
+from puna.rank_file import rank_file_name
+from puna.strict_json import canonical_json
 
 MANIFEST_FILE = "manifest.json"
 CHUNK_BYTES = 16 * 2**20

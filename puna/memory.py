@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from puna.engine import EngineConfig, RankMemory, rank_file, rank_weights
+from puna.engine import EngineConfig, RankMemory
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
+from puna.rank_file import rank_file, rank_weights
 from puna.weights import extent
 
 FLOAT32 = np.dtype(np.float32)

@@ -12,10 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
-from puna.engine import RankWeight
 from puna.errors import CheckpointError
 from puna.layout import pack_rows
 from puna.quant import DTYPES, Array, Format, QuantTensor, all_finite, quantize, to_float32
+from puna.rank_file import RankWeight
 from puna.weights import Extent
 
 # Weights handled at once: 16 MiB as float32. Larger chunks are no faster and cost memory.

@@ -7,10 +7,11 @@ Field names are Hugging Face's. This file knows nothing of weights, files or dev
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from puna.errors import CheckpointError
+from puna.strict_json import exact_keys
 
 # The table of weights grows with it; a damaged header must not make that endless.
 MAX_LAYERS = 10_000
@@ -156,15 +157,3 @@ class GenerationDefaults:
     def from_json(cls, data: dict[str, Any]) -> GenerationDefaults:
         data = exact_keys(cls, data)
         return cls(**{**data, "eos_token_ids": tuple(data["eos_token_ids"])})
-
-
-def exact_keys(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` if its keys are exactly the fields of the dataclass `cls`, else ValueError."""
-    expected = {f.name for f in fields(cls)}
-    if not isinstance(data, dict):
-        raise ValueError(f"{cls.__name__}: found {type(data).__name__}, needed an object")
-    if unknown := sorted(set(data) - expected):
-        raise ValueError(f"{cls.__name__}: unknown keys {', '.join(unknown)}")
-    if missing := sorted(expected - set(data)):
-        raise ValueError(f"{cls.__name__}: missing keys {', '.join(missing)}")
-    return data

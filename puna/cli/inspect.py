@@ -78,8 +78,9 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from puna.engine import check_rank_file, rank_file, rank_file_name, read_config
+    from puna.engine import read_config
     from puna.manifest import check_files, read_manifest
+    from puna.rank_file import check_rank_file, rank_file, rank_file_name
 
     path = Path(args.engine)
     config = read_config(path)

@@ -6,7 +6,6 @@ lie, and which recorded program runs a step. Knows nothing of requests, text or 
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,18 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from puna.batch import ForwardBatch
-from puna.dummy import DummyWeights
-from puna.engine import (
-    EngineConfig,
-    RankFile,
-    RankMemory,
-    RankWeight,
-    check_rank_file,
-    rank_file,
-    rank_file_name,
-    rank_weights,
-    read_config,
-)
+from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
 from puna.manifest import check_files, read_manifest
 from puna.memory import (
@@ -39,15 +27,18 @@ from puna.memory import (
     rank_memory,
     workspace_specs,
 )
-from puna.models.llama.model import Activations, Layer, Llama
-from puna.ops import LayerCache, Linear, Norm, Ops, Program, RopeTable
+from puna.models.llama.model import Activations
+from puna.ops import Ops, Program
 from puna.ops.reference import ReferenceOps
 from puna.ops.sampling import sample
 from puna.quant import Array
-from puna.rope import rope_tables
+from puna.rank_file import (
+    rank_file,
+    rank_file_name,
+)
+from puna.runtime.load import bind_model, generate_weights, map_weights
 from puna.runtime.lower import Lowering
 from puna.runtime.step import StepPlan, StepResult
-from puna.shard import rank_rows
 
 DEVICES = ("auto", "reference")
 # Programs kept, one for each batch shape met lately; a decode batch meets few shapes.
@@ -86,7 +77,7 @@ class Session:
         dtype, shape = kv_cache_spec(config, rank, num_blocks)
         self._kv_cache = np.empty(shape, dtype)
         self._weight_bytes = stored_bytes
-        self._model = _model(config, rank, self._ops, stored, self._arrays, self._kv_cache)
+        self._model = bind_model(config, rank, self._ops, stored, self._arrays, self._kv_cache)
         self._programs: OrderedDict[tuple[int, int], tuple[ForwardBatch, Program]] = OrderedDict()
         self._heads: OrderedDict[tuple[int, int], tuple[Array, Program]] = OrderedDict()
         limits = config.limits
@@ -148,9 +139,9 @@ class Session:
         check_files(engine_dir, manifest, ranks, num_readers, report)
         layout = rank_file(config, rank, digest)
         if config.dummy is not None:
-            stored = _generate(config, rank, layout)
+            stored = generate_weights(config, rank, layout)
         else:
-            stored = _map(engine_dir / rank_file_name(rank), layout)
+            stored = map_weights(engine_dir / rank_file_name(rank), layout)
         return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, threads)
 
     @property
@@ -321,95 +312,3 @@ def _check_ram(config: EngineConfig, rank: int, num_blocks: int) -> None:
             f"cache), {human_bytes(available)} are free: lower --kv-cache-bytes, or build with a "
             "smaller --max-seq-len, --max-batch-size or --quant"
         )
-
-
-def _map(path: Path, layout: RankFile) -> dict[str, Array]:
-    """Arrays over a memory map of the rank's file; two processes share its pages."""
-    check_rank_file(path, layout)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _views(np.frombuffer(mapped, np.uint8), layout)
-
-
-def _generate(config: EngineConfig, rank: int, layout: RankFile) -> dict[str, Array]:
-    """The arrays of a dummy engine, made as the build would have made them."""
-    assert config.dummy is not None
-    arrays = _views(np.zeros(layout.num_bytes, np.uint8), layout)
-    source = DummyWeights(config.spec, config.dummy.seed)
-    for weight in rank_weights(config, rank):
-        for first, rows in rank_rows(weight, source):
-            for name, values in rows.items():
-                arrays[name][first : first + len(values)] = values
-    return arrays
-
-
-def _views(data: Array, layout: RankFile) -> dict[str, Array]:
-    return {
-        name: data[array.offset : array.offset + array.num_bytes]
-        .view(array.dtype)
-        .reshape(array.shape)
-        for name, array in layout.arrays.items()
-    }
-
-
-def _model(
-    config: EngineConfig,
-    rank: int,
-    ops: Ops,
-    stored: dict[str, Array],
-    arrays: dict[str, Array],
-    kv_cache: Array,
-) -> Llama:
-    """Bind stored weights, KV cache and RoPE tables to the model."""
-    spec, mapping = config.spec, config.mapping(rank)
-    weights = {weight.name: weight for weight in rank_weights(config, rank)}
-
-    def matrix(weight: RankWeight) -> object:
-        prefix = f"{weight.name}."
-        parts = {
-            name.removeprefix(prefix): array
-            for name, array in stored.items()
-            if name.startswith(prefix)
-        }
-        return ops.load_matrix(parts, weight.format.name, arrays[f"unpacked.{weight.name}"])
-
-    def linear(name: str, parts: tuple[str, ...] = ()) -> Linear:
-        names = (
-            [f"{name}.weight"] if f"{name}.weight" in weights else [f"{p}.weight" for p in parts]
-        )
-        return Linear(tuple(matrix(weights[n]) for n in names), stored.get(f"{name}.bias"))
-
-    def norm(name: str) -> Norm:
-        return Norm(stored[f"{name}.weight"], spec.rms_norm_eps)
-
-    def layer(index: int, layer_cache: Array) -> Layer:
-        at = f"layers.{index}"
-        qkv_parts = tuple(f"{at}.attn.{part}" for part in ("q", "k", "v"))
-        mlp_parts = tuple(f"{at}.mlp.{part}" for part in ("gate", "up"))
-        return Layer(
-            attn_norm=norm(f"{at}.attn_norm"),
-            qkv=linear(f"{at}.attn.qkv", qkv_parts),
-            o=linear(f"{at}.attn.o"),
-            mlp_norm=norm(f"{at}.mlp_norm"),
-            gate_up=linear(f"{at}.mlp.gate_up", mlp_parts),
-            down=linear(f"{at}.mlp.down"),
-            cache=LayerCache(layer_cache[0], layer_cache[1]),
-        )
-
-    rope = RopeTable(arrays["rope_cos_PE"], arrays["rope_sin_PE"])
-    rope.cos_PE[:], rope.sin_PE[:] = rope_tables(spec.rope, spec.head_dim, len(rope.cos_PE))
-    layers = tuple(
-        layer(index, layer_cache)
-        for index, layer_cache in zip(mapping.layers(spec.num_layers), kv_cache, strict=True)
-    )
-    embed = linear("embed") if "embed.weight" in weights else None
-    head = None
-    if mapping.is_last_stage:
-        head = embed if spec.tie_word_embeddings else linear("head")
-    return Llama(
-        layers=layers,
-        rope=rope,
-        embed=embed if mapping.is_first_stage else None,
-        norm=norm("norm") if mapping.is_last_stage else None,
-        head=head,
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / "unit"))
-from checkpoint_writers import SPEC, tiny_weights, write_hf  # noqa: E402
+from checkpoint_writers import SPEC, tiny_weights, write_hf, write_tokenizer
 
 DUMMY = "hidden=64,layers=2,heads=4,kv_heads=2,ffn=96,vocab=300,max_positions=128"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}puna:"
 
 
 class Ran(NamedTuple):
@@ -48,20 +43,6 @@ def write_checkpoint(path: Path, **changes: np.ndarray) -> Path:
     return write_tokenizer(path)
 
 
-def write_tokenizer(directory: Path) -> Path:
-    """A byte-level tokenizer without merges, and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    directory.mkdir(parents=True, exist_ok=True)
-    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return directory
-
-
 def listing(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative path."""
     return {
@@ -73,7 +54,9 @@ def listing(directory: Path) -> dict[str, bytes]:
 
 def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[bytes]:
     """Run `python -m puna` from the source tree in a process of its own."""
-    return subprocess.run(command_line(*arguments), cwd=TESTS.parent, timeout=120, **options)  # type: ignore
+    return subprocess.run(
+        command_line(*arguments), cwd=Path(__file__).resolve().parents[2], timeout=120, **options
+    )  # type: ignore
 
 
 def command_line(*arguments: object) -> list[str | bytes]:

@@ -33,9 +33,9 @@ from small_models import (
 
 import puna.builder
 import puna.runtime.session
-from puna.engine import canonical_json
 from puna.errors import PunaError
 from puna.manifest import MANIFEST_FILE, write_manifest
+from puna.strict_json import canonical_json
 
 Damage = Callable[[Path], object]
 Q = "layers.0.attn.q.weight"

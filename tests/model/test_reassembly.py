@@ -14,10 +14,11 @@ import pytest
 
 from puna.builder import build
 from puna.checkpoint import open_checkpoint
-from puna.engine import EngineConfig, rank_file_name, rank_weights, read_config
+from puna.engine import EngineConfig, read_config
 from puna.layout import to_dense, unpack_rows
 from puna.plan import BuildConfig
 from puna.quant import Format, QuantTensor, quantize, to_float32
+from puna.rank_file import rank_file_name, rank_weights
 from puna.weights import checkpoint_weights
 
 Tensors = dict[str, np.ndarray]

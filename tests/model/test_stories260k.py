@@ -10,9 +10,10 @@ import pytest
 
 from puna.builder import build
 from puna.checkpoint import open_checkpoint
-from puna.engine import rank_file_name, read_config
+from puna.engine import read_config
 from puna.llm import LLM
 from puna.plan import BuildConfig
+from puna.rank_file import rank_file_name
 from puna.runtime.request import SamplingParams
 
 NUM_GREEDY = 200

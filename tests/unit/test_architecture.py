@@ -25,27 +25,31 @@ MODULES = {
 RUN = [
     ("cli",),
     ("llm",),
+    ("job",),
     ("runtime.executor",),
     ("runtime.session",),
+    ("runtime.load",),
     ("runtime.lower", "models"),
     ("runtime.scheduler", "runtime.block_pool", "runtime.step", "runtime.request"),
     ("ops",),
 ]
-BUILD = [("cli",), ("builder",), ("plan", "checkpoint")]
+BUILD = [("cli",), ("builder",), ("plan", "checkpoint", "output")]
 SHARED = [
     ("tokenizer",),
     ("manifest", "shard", "memory", "dummy"),
+    ("rank_file",),
     ("engine",),
     ("layout", "rope", "batch", "dummy_values"),
     ("quant", "weights"),
     ("mapping",),
     ("spec", "version"),
+    ("strict_json",),
     ("errors",),
 ]
-RUN_ONLY = ("runtime", "models", "ops", "llm")
-BUILD_ONLY = ("builder", "plan", "checkpoint")
+RUN_ONLY = ("runtime", "models", "ops", "llm", "job")
+BUILD_ONLY = ("builder", "plan", "checkpoint", "output")
 # Integers above, arrays below: these work for any device and any array library.
-WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "version", "__main__")
+WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")
 WITHOUT_NUMPY += tuple(
     f"runtime.{name}" for name in ("request", "block_pool", "scheduler", "step", "executor")
 )

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_writers import SPEC, tiny_weights, write_hf
+from checkpoint_writers import SPEC, tiny_weights, write_hf, write_tokenizer
 from safetensors.numpy import load_file
 
 import puna.builder
+import puna.output
 from puna import BuildConfig, build
 from puna.checkpoint import open_checkpoint
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
-from puna.engine import rank_file, read_config
-from puna.errors import CheckpointError, ConfigError
+from puna.engine import read_config
+from puna.errors import CheckpointError, ConfigError, TokenizerError
 from puna.memory import human_bytes
+from puna.rank_file import rank_file
 
 WEIGHTS = tiny_weights()
 QKV = ("q", "k", "v")
@@ -130,7 +132,7 @@ def test_output_that_appears_meanwhile_is_kept(
 
 def test_force_without_an_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(dummy(1), tmp_path / "engine")
-    monkeypatch.setattr(puna.builder, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(puna.output, "_exchange", lambda a, b: False)
     config = build(dummy(2), tmp_path / "engine", force=True).config
     assert read_config(tmp_path / "engine") == config and config.dummy.seed == 2
     assert os.listdir(tmp_path) == ["engine"]
@@ -202,13 +204,21 @@ def test_check_room_counts_weights_and_workers(
 
 
 def test_given_tokenizer_replaces_the_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "tokenizer.model").write_bytes(b"the checkpoint's")
+    write_tokenizer(checkpoint)
+    given = {"tokenizer.json": (checkpoint / "tokenizer.json").read_bytes()}
     own = build(checkpoint, tmp_path / "own").path
-    other = build(checkpoint, tmp_path / "other", tokenizer={"tokenizer.json": b"{}"}).path
+    other = build(checkpoint, tmp_path / "other", tokenizer=given).path
     none = build(checkpoint, tmp_path / "none", tokenizer={}).path
-    assert (own / "tokenizer" / "tokenizer.model").read_bytes() == b"the checkpoint's"
+    assert sorted(os.listdir(own / "tokenizer")) == ["tokenizer.json", "tokenizer_config.json"]
     assert os.listdir(other / "tokenizer") == ["tokenizer.json"]
     assert not (none / "tokenizer").exists()
     assert "tokenizer/tokenizer.json" in {
         file["path"] for file in json.loads((other / "manifest.json").read_text())["files"]
     }
+
+
+def test_damaged_tokenizer_fails_the_build(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer.json").write_bytes(b"{")
+    with pytest.raises(TokenizerError, match=r"cannot be used \(tokenizer.json .*--tokenizer DIR"):
+        build(checkpoint, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()

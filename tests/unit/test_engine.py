@@ -13,18 +13,10 @@ import pytest
 
 from puna.builder import build
 from puna.checkpoint.dummy import DummyCheckpoint
-from puna.engine import (
-    ALIGNMENT,
-    EngineConfig,
-    Limits,
-    check_rank_file,
-    rank_file,
-    rank_file_name,
-    rank_weights,
-    read_config,
-)
+from puna.engine import EngineConfig, Limits, read_config
 from puna.errors import EngineError
 from puna.plan import BuildConfig
+from puna.rank_file import ALIGNMENT, check_rank_file, rank_file, rank_file_name, rank_weights
 from puna.spec import GenerationDefaults, ModelSpec, RopeSpec
 
 PATH = Path("engine/config.json")

@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from checkpoint_writers import write_tokenizer
 
 from puna import build
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
-from puna.engine import (
-    ALIGNMENT,
-    FORMAT_VERSION,
-    DummyRecipe,
-    EngineConfig,
-    Limits,
-    Provenance,
-    RankMemory,
-    rank_file,
-)
+from puna.engine import FORMAT_VERSION, DummyRecipe, EngineConfig, Limits, Provenance, RankMemory
 from puna.layout import LayoutName, array_specs
 from puna.manifest import CHUNK_BYTES, FileDigest
 from puna.quant import Format
+from puna.rank_file import ALIGNMENT, rank_file
 from puna.tokenizer import TOKENIZER_FILES
 from puna.weights import engine_weights, split
 
@@ -52,7 +45,8 @@ def names(kind: type) -> list[str]:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("engines") / "engine"
-    files = {"tokenizer.json": b"{}"}
+    source = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    files = {"tokenizer.json": (source / "tokenizer.json").read_bytes()}
     return build(DummyCheckpoint(SPEC), path, materialize=True, tokenizer=files).path
 
 

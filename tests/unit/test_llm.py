@@ -10,7 +10,8 @@ from fake_session import VOCAB_SIZE, FakeSession, fake_logits, one_by_one
 
 import puna.llm
 from puna.errors import RequestError
-from puna.llm import LLM, TextStream
+from puna.job import TextStream
+from puna.llm import LLM
 from puna.runtime.request import SamplingParams
 from puna.spec import GenerationDefaults
 from puna.tokenizer import Tokenizer

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import puna.manifest
-from puna.engine import canonical_json
 from puna.errors import EngineError
 from puna.manifest import Manifest, check_files, read_manifest, write_manifest
+from puna.strict_json import canonical_json
 
 
 @pytest.fixture

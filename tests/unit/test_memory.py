@@ -10,7 +10,7 @@ import pytest
 
 from puna.builder import build
 from puna.checkpoint.dummy import DummyCheckpoint
-from puna.engine import RankMemory, rank_file_name, read_config
+from puna.engine import RankMemory, read_config
 from puna.llm import LLM
 from puna.memory import (
     available_bytes,
@@ -20,6 +20,7 @@ from puna.memory import (
     workspace_specs,
 )
 from puna.plan import BuildConfig
+from puna.rank_file import rank_file_name
 from puna.runtime.session import Session
 from puna.spec import ModelSpec
 
