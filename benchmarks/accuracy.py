@@ -40,8 +40,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {"quant": "none", "dtype": "bfloat16"},
     "int8": {"quant": "int8"},
     "int8-g32": {"quant": "int8", "group_size": 32},
+    "int4-g128": {"quant": "int4"},
     "int4-g32": {"quant": "int4", "group_size": 32},
-    "int4-g64": {"quant": "int4", "group_size": 64},
 }
 
 

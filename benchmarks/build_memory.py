@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.record import ROOT, about, write
 from puna.checkpoint.dummy import parse_preset
-from puna.checkpoint.hf import canonical_name
+from puna.checkpoint.hf import NAMES
 from puna.spec import ModelSpec
 from puna.weights import checkpoint_weights
 
@@ -51,7 +51,7 @@ def hf_name(name: str) -> str:
         return f"{top.get(name, 'lm_head')}.weight"
     _, layer, kind, *part, _ = name.split(".")
     found = f"model.layers.{layer}.{_HF[kind].format(*part)}.weight"
-    assert canonical_name(found) == name, found
+    assert NAMES.canonical(found) == name, found
     return found
 
 

@@ -7,7 +7,6 @@ Decides what llama.cpp's keys mean for puna. The container is read in `gguf_file
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,32 +16,35 @@ import numpy as np
 from puna.checkpoint.fields import Fields, brief
 from puna.checkpoint.gguf_file import GgufFile, check_spans, read_gguf
 from puna.checkpoint.gguf_tensor import BlockTensor, num_bytes, stored_tensor
+from puna.checkpoint.names import NameMap
 from puna.checkpoint.stored import DenseTensor, FileCheckpoint, StoredTensor, require_readable
 from puna.errors import CheckpointError
 from puna.quant import Array
 from puna.spec import GenerationDefaults, ModelSpec, RopeSpec
 
-_TOP = MappingProxyType(
-    {
-        "token_embd.weight": "embed.weight",
-        "output_norm.weight": "norm.weight",
-        "output.weight": "head.weight",
-    }
+NAMES = NameMap(
+    MappingProxyType(
+        {
+            "token_embd.weight": "embed.weight",
+            "output_norm.weight": "norm.weight",
+            "output.weight": "head.weight",
+        }
+    ),
+    "blk",
+    MappingProxyType(
+        {
+            "attn_norm": "attn_norm",
+            "ffn_norm": "mlp_norm",
+            "attn_q": "attn.q",
+            "attn_k": "attn.k",
+            "attn_v": "attn.v",
+            "attn_output": "attn.o",
+            "ffn_gate": "mlp.gate",
+            "ffn_up": "mlp.up",
+            "ffn_down": "mlp.down",
+        }
+    ),
 )
-_LAYER = MappingProxyType(
-    {
-        "attn_norm": "attn_norm",
-        "ffn_norm": "mlp_norm",
-        "attn_q": "attn.q",
-        "attn_k": "attn.k",
-        "attn_v": "attn.v",
-        "attn_output": "attn.o",
-        "ffn_gate": "mlp.gate",
-        "ffn_up": "mlp.up",
-        "ffn_down": "mlp.down",
-    }
-)
-_LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
 _ROPE_FREQS = "rope_freqs.weight"
 _LLAMA3_LENGTH, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0  # of all Llama 3.1, 3.2 and 3.3 models
 
@@ -59,7 +61,7 @@ def open_gguf(path: Path, source: str) -> FileCheckpoint:
     for file_name, described in gguf.tensors.items():
         if file_name == _ROPE_FREQS:
             continue  # read with the spec
-        name = canonical_name(file_name)
+        name = NAMES.canonical(file_name)
         is_rotary = bool(name) and name.rpartition(".")[0].endswith((".attn.q", ".attn.k"))
         if is_rotary and described.shape[0] % spec.head_dim:
             raise CheckpointError(
@@ -89,20 +91,6 @@ def open_gguf(path: Path, source: str) -> FileCheckpoint:
         weight_files=(path,),
         remarks=tuple(notes),
     )
-
-
-def canonical_name(name: str) -> str | None:
-    """puna's name of a GGUF tensor, or None.
-
-    >>> canonical_name("blk.3.ffn_gate.weight")
-    'layers.3.mlp.gate.weight'
-    """
-    if name in _TOP:
-        return _TOP[name]
-    match = _LAYER_NAME.fullmatch(name)
-    if match and match[2] in _LAYER and not (match[3] == "bias" and "norm" in match[2]):
-        return f"layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-    return None
 
 
 def _refuse_other_models(path: Path, meta: Fields) -> None:

@@ -12,43 +12,39 @@ from types import MappingProxyType
 
 from puna.checkpoint.fields import brief, read_bytes, read_json
 from puna.checkpoint.hf_config import read_generation, read_spec
+from puna.checkpoint.names import NameMap
 from puna.checkpoint.pickle_reader import read_torch_zip
 from puna.checkpoint.safetensors_file import read_safetensors
 from puna.checkpoint.stored import DenseTensor, FileCheckpoint, require_readable
 from puna.errors import CheckpointError
+from puna.tokenizer import TOKENIZER_FILES
 
-_TOP = MappingProxyType(
-    {
-        "model.embed_tokens.weight": "embed.weight",
-        "model.norm.weight": "norm.weight",
-        "lm_head.weight": "head.weight",
-    }
+NAMES = NameMap(
+    MappingProxyType(
+        {
+            "model.embed_tokens.weight": "embed.weight",
+            "model.norm.weight": "norm.weight",
+            "lm_head.weight": "head.weight",
+        }
+    ),
+    "model.layers",
+    MappingProxyType(
+        {
+            "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "mlp_norm",
+            "self_attn.q_proj": "attn.q",
+            "self_attn.k_proj": "attn.k",
+            "self_attn.v_proj": "attn.v",
+            "self_attn.o_proj": "attn.o",
+            "mlp.gate_proj": "mlp.gate",
+            "mlp.up_proj": "mlp.up",
+            "mlp.down_proj": "mlp.down",
+        }
+    ),
 )
-_LAYER = MappingProxyType(
-    {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "mlp_norm",
-        "self_attn.q_proj": "attn.q",
-        "self_attn.k_proj": "attn.k",
-        "self_attn.v_proj": "attn.v",
-        "self_attn.o_proj": "attn.o",
-        "mlp.gate_proj": "mlp.gate",
-        "mlp.up_proj": "mlp.up",
-        "mlp.down_proj": "mlp.down",
-    }
-)
-_LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)\.(weight|bias)")
 _WEIGHTS = (  # in order of preference: the single file, and the index of several
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
 )
 _HUB_FILES = ("*.json", "*.model", "*.jinja", "*.safetensors")
 _LARGEST_TOKENIZER = 256 << 20
@@ -64,7 +60,7 @@ def open_hf(directory: Path, source: str) -> FileCheckpoint:
     for path in files:
         read = read_safetensors if path.suffix == ".safetensors" else read_torch_zip
         for file_name, tensor in read(path).items():
-            name = canonical_name(file_name)
+            name = NAMES.canonical(file_name)
             if file_name.endswith(".rotary_emb.inv_freq"):
                 continue  # follows from rope_theta
             if name == "head.weight" and spec.tie_word_embeddings:
@@ -81,24 +77,10 @@ def open_hf(directory: Path, source: str) -> FileCheckpoint:
         spec=spec,
         generation=read_generation(directory, config),
         tensors=tensors,
-        read_tokenizer=lambda: read_tokenizer_files(directory, _TOKENIZER_FILES),
+        read_tokenizer=lambda: read_tokenizer_files(directory, TOKENIZER_FILES),
         weight_files=(directory / "config.json", *files),
         remarks=tuple(notes),
     )
-
-
-def canonical_name(name: str) -> str | None:
-    """puna's name of a Hugging Face tensor, or None.
-
-    >>> canonical_name("model.layers.3.self_attn.q_proj.weight")
-    'layers.3.attn.q.weight'
-    """
-    if name in _TOP:
-        return _TOP[name]
-    match = _LAYER_NAME.fullmatch(name)
-    if match and match[2] in _LAYER and not (match[3] == "bias" and "norm" in match[2]):
-        return f"layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-    return None
 
 
 def read_tokenizer_files(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:

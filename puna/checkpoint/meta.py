@@ -6,39 +6,41 @@ embedding. Shards are joined when a slice is read, never as a whole.
 
 from __future__ import annotations
 
-import re
 from math import isclose
 from pathlib import Path
 from types import MappingProxyType
 
 from puna.checkpoint.fields import Fields, brief, read_json
 from puna.checkpoint.hf import read_tokenizer_files
+from puna.checkpoint.names import NameMap
 from puna.checkpoint.pickle_reader import read_torch_zip
 from puna.checkpoint.stored import DenseTensor, FileCheckpoint, require_readable
 from puna.errors import CheckpointError
 from puna.spec import GenerationDefaults, ModelSpec, RopeSpec
 
-_TOP = MappingProxyType(
-    {
-        "tok_embeddings.weight": "embed.weight",
-        "norm.weight": "norm.weight",
-        "output.weight": "head.weight",
-    }
+NAMES = NameMap(
+    MappingProxyType(
+        {
+            "tok_embeddings.weight": "embed.weight",
+            "norm.weight": "norm.weight",
+            "output.weight": "head.weight",
+        }
+    ),
+    "layers",
+    MappingProxyType(
+        {
+            "attention_norm": "attn_norm",
+            "ffn_norm": "mlp_norm",
+            "attention.wq": "attn.q",
+            "attention.wk": "attn.k",
+            "attention.wv": "attn.v",
+            "attention.wo": "attn.o",
+            "feed_forward.w1": "mlp.gate",
+            "feed_forward.w3": "mlp.up",
+            "feed_forward.w2": "mlp.down",
+        }
+    ),
 )
-_LAYER = MappingProxyType(
-    {
-        "attention_norm": "attn_norm",
-        "ffn_norm": "mlp_norm",
-        "attention.wq": "attn.q",
-        "attention.wk": "attn.k",
-        "attention.wv": "attn.v",
-        "attention.wo": "attn.o",
-        "feed_forward.w1": "mlp.gate",
-        "feed_forward.w3": "mlp.up",
-        "feed_forward.w2": "mlp.down",
-    }
-)
-_LAYER_NAME = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(.+)\.weight")
 _CHUNK_ROWS = 256
 
 
@@ -64,7 +66,7 @@ def open_meta(directory: Path, source: str) -> FileCheckpoint:
     for file_name in shards[0]:
         if file_name.endswith("rope.freqs"):
             continue  # follows from rope_theta
-        name = canonical_name(file_name)
+        name = NAMES.canonical(file_name)
         parts = [shard[file_name] for shard in shards]
         tensors[name or file_name] = _join(
             directory, name or "", file_name, parts, hidden_size, head_dim
@@ -87,18 +89,6 @@ def open_meta(directory: Path, source: str) -> FileCheckpoint:
         weight_files=(directory / "params.json", *files),
         remarks=tuple(notes),
     )
-
-
-def canonical_name(name: str) -> str | None:
-    """puna's name of a Meta tensor, or None.
-
-    >>> canonical_name("layers.3.feed_forward.w2.weight")
-    'layers.3.mlp.down.weight'
-    """
-    if name in _TOP:
-        return _TOP[name]
-    match = _LAYER_NAME.fullmatch(name)
-    return f"layers.{match[1]}.{_LAYER[match[2]]}.weight" if match and match[2] in _LAYER else None
 
 
 def _shard_files(directory: Path) -> list[Path]:
