@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from checkpoint_writers import SPEC, tiny_weights, write_hf, write_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 DUMMY = "hidden=64,layers=2,heads=4,kv_heads=2,ffn=96,vocab=300,max_positions=128"
 
 

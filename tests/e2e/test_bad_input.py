@@ -22,7 +22,7 @@ import pytest
 from checkpoint_writers import tiny_weights, write_gguf, write_hf, write_meta
 from small_models import (
     DUMMY,
-    TESTS,
+    ROOT,
     Puna,
     Refused,
     command,
@@ -522,9 +522,7 @@ def interrupt(process: subprocess.Popen[bytes], when: Callable[[], object]) -> t
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command_line(*arguments), cwd=TESTS.parent, stdout=pipe, stderr=pipe, **options
-    )
+    return subprocess.Popen(command_line(*arguments), cwd=ROOT, stdout=pipe, stderr=pipe, **options)
 
 
 @pytest.mark.parametrize("is_there", [False, True])
@@ -548,7 +546,7 @@ def test_interrupted_run(tmp_path: Path, tokenizer_dir: Path, puna: Puna) -> Non
     ask = ("run", out, "--prompt", "Hello", "--stream", "--max-new-tokens", 8000, "--ignore-eos")
     with shown:
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command_line(*ask), cwd=TESTS.parent, stdout=shown, stderr=pipe)
+        process = subprocess.Popen(command_line(*ask), cwd=ROOT, stdout=shown, stderr=pipe)
         _, err = interrupt(process, lambda: (tmp_path / "shown").stat().st_size)
     assert (process.returncode, err) == (130, b"\npuna: interrupted\n")
     assert puna("verify", out).status == 0

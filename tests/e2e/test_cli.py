@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import DUMMY, TESTS, Puna, Refused, command, command_line, listing
+from small_models import DUMMY, ROOT, Puna, Refused, command, command_line, listing
 
 from puna import LLM
 from puna.checkpoint.dummy import PRESETS
@@ -237,7 +237,7 @@ def test_names_that_are_no_unicode(hf_checkpoint: Path, tmp_path: Path) -> None:
 def test_reader_that_leaves(engine: Path) -> None:
     with subprocess.Popen(
         command_line("inspect", engine),
-        cwd=TESTS.parent,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
