@@ -30,7 +30,7 @@ from puna.runtime.request import (
     SamplingParams,
 )
 from puna.runtime.scheduler import Scheduler
-from puna.runtime.session import Session
+from puna.runtime.session import LoadProgress, Session
 from puna.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -42,7 +42,7 @@ class LLM:
 
     `tokenizer` names a directory to take the tokenizer from instead of the engine's, and
     `chat_template` is Jinja text that replaces its template. `max_batch_size` and `max_num_tokens`
-    lower the engine's own limits.
+    lower the engine's own limits. `progress` is told (bytes done, bytes in all) while it loads.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class LLM:
         prefix_cache: bool = True,
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
+        progress: LoadProgress | None = None,
     ) -> None:
         session = Session.open(
             engine_dir,
@@ -65,6 +66,7 @@ class LLM:
             threads=threads,
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,
+            progress=progress,
         )
         try:
             self.config = session.config

@@ -52,7 +52,7 @@ class Manifest:
             entries = json.loads(data)["files"]
             files = tuple(FileDigest(e["path"], e["size"], tuple(e["chunks"])) for e in entries)
             manifest = cls(files)
-            if manifest.to_bytes() == data and all(map(_is_inside, files)):
+            if manifest.to_bytes() == data and all(map(_is_plausible, files)):
                 return manifest
         except (ValueError, TypeError, KeyError, AttributeError):
             pass  # Whatever is wrong with it, it is not what was written.
@@ -160,9 +160,11 @@ def _digest(path: Path, offset: int) -> str:
     return hasher.hexdigest()
 
 
-def _is_inside(file: FileDigest) -> bool:
+def _is_plausible(file: FileDigest) -> bool:
+    """Whether the path stays inside the engine and there is a digest for every chunk."""
     path = PurePosixPath(file.path)
-    return not path.is_absolute() and ".." not in path.parts
+    is_inside = not path.is_absolute() and ".." not in path.parts
+    return is_inside and len(file.chunks) == -(-file.size // CHUNK_BYTES)
 
 
 def is_rank_file(path: str) -> bool:

@@ -174,9 +174,9 @@ def _open(args: argparse.Namespace) -> Iterator[Checkpoint]:
     if (args.checkpoint is None) == (args.dummy is None):
         raise ConfigError("name either a checkpoint or --dummy PRESET (puna build --help)")
     if args.dummy is None:
-        given = [f for f, v in (("--seed", args.seed), ("--materialize", args.materialize)) if v]
-        if given or args.seed is not None:
-            raise ConfigError(f"{' and '.join(given) or '--seed'} needs --dummy PRESET")
+        if args.seed is not None or args.materialize:
+            option = "--materialize" if args.materialize else "--seed"
+            raise ConfigError(f"{option} needs --dummy PRESET")
         checkpoint = open_source(args.checkpoint)
     else:
         checkpoint = DummyCheckpoint(parse_preset(args.dummy), args.seed or 0, args.dummy)

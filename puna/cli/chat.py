@@ -46,7 +46,14 @@ def chat(args: argparse.Namespace) -> int:
                 messages = list(opening)
                 continue
             messages.append({"role": "user", "content": text})
-            answer = _answer(llm, messages, params, is_terminal)
+            try:
+                answer = _answer(llm, messages, params, is_terminal)
+            except RequestError as error:
+                if not is_terminal:
+                    raise
+                print(f"{error} (/new starts another conversation)")
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer})
     return 0
 

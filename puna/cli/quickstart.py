@@ -81,14 +81,18 @@ def _load(engine: Path, source: str) -> LLM:
     """The engine, built again where the one of an earlier run turns out to be damaged."""
     from puna.llm import LLM
 
+    def load() -> LLM:
+        with byte_bar("loading") as progress:
+            return LLM(engine, progress=progress)
+
     start = time.perf_counter()
     try:
-        llm = LLM(engine)
+        llm = load()
     except EngineError as error:
         print(f"{error}: building it again")
         _build(source, engine)
         start = time.perf_counter()
-        llm = LLM(engine)
+        llm = load()
     print(f"loaded and verified in {time.perf_counter() - start:.1f} s\n")
     return llm
 

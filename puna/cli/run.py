@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puna.cli.progress import byte_bar
 from puna.errors import RequestError
 
 if TYPE_CHECKING:
@@ -98,14 +99,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def open_llm(args: argparse.Namespace) -> LLM:
     from puna.llm import LLM
 
-    return LLM(
-        args.engine,
-        device=args.device,
-        threads=args.threads,
-        kv_cache_bytes=args.kv_cache_bytes,
-        tokenizer=args.tokenizer,
-        chat_template=_template(args.chat_template),
-    )
+    with byte_bar("loading") as progress:
+        return LLM(
+            args.engine,
+            device=args.device,
+            threads=args.threads,
+            kv_cache_bytes=args.kv_cache_bytes,
+            tokenizer=args.tokenizer,
+            chat_template=_template(args.chat_template),
+            progress=progress,
+        )
 
 
 def _template(text_or_file: str | None) -> str | None:

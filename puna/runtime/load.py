@@ -6,6 +6,7 @@ Decides where a rank's arrays come from and which of them goes where in `Llama`.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ def map_weights(path: Path, layout: RankFile) -> dict[str, Array]:
     return _views(np.frombuffer(mapped, np.uint8), layout)
 
 
-def generate_weights(config: EngineConfig, rank: int, layout: RankFile) -> dict[str, Array]:
+def generate_weights(
+    config: EngineConfig, rank: int, layout: RankFile, report: Callable[[int], None]
+) -> dict[str, Array]:
     """The arrays of a dummy engine, made as the build would have made them."""
     assert config.dummy is not None
     arrays = _views(np.zeros(layout.num_bytes, np.uint8), layout)
@@ -37,6 +40,7 @@ def generate_weights(config: EngineConfig, rank: int, layout: RankFile) -> dict[
         for first, rows in rank_rows(weight, source):
             for name, values in rows.items():
                 arrays[name][first : first + len(values)] = values
+                report(values.nbytes)
     return arrays
 
 
@@ -56,8 +60,9 @@ def bind_model(
     stored: dict[str, Array],
     arrays: dict[str, Array],
     kv_cache: Array,
+    report: Callable[[int], None],
 ) -> Llama:
-    """Bind stored weights, KV cache and RoPE tables to the model."""
+    """Bind stored weights, KV cache and RoPE tables to the model; `report` is told the bytes."""
     spec, mapping = config.spec, config.mapping(rank)
     weights = {weight.name: weight for weight in rank_weights(config, rank)}
 
@@ -68,7 +73,9 @@ def bind_model(
             for name, array in stored.items()
             if name.startswith(prefix)
         }
-        return ops.load_matrix(parts, weight.format.name, arrays[f"unpacked.{weight.name}"])
+        loaded = ops.load_matrix(parts, weight.format.name, arrays[f"unpacked.{weight.name}"])
+        report(sum(array.nbytes for array in parts.values()))
+        return loaded
 
     def linear(name: str, parts: tuple[str, ...] = ()) -> Linear:
         names = (

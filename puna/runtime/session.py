@@ -64,6 +64,7 @@ class Session:
         stored: dict[str, Array],
         stored_bytes: int,
         threads: int | None,
+        report: Callable[[int], None],
     ) -> None:
         self.engine_dir = engine_dir
         self.config = config
@@ -77,7 +78,9 @@ class Session:
         dtype, shape = kv_cache_spec(config, rank, num_blocks)
         self._kv_cache = np.empty(shape, dtype)
         self._weight_bytes = stored_bytes
-        self._model = bind_model(config, rank, self._ops, stored, self._arrays, self._kv_cache)
+        self._model = bind_model(
+            config, rank, self._ops, stored, self._arrays, self._kv_cache, report
+        )
         self._programs: OrderedDict[tuple[int, int], tuple[ForwardBatch, Program]] = OrderedDict()
         self._heads: OrderedDict[tuple[int, int], tuple[Array, Program]] = OrderedDict()
         limits = config.limits
@@ -101,9 +104,10 @@ class Session:
         """Check an engine and bring one rank of it into memory.
 
         `max_batch_size` and `max_num_tokens` may lower the engine's limits; `threads` limits those
-        that compute (None: all CPUs) and those that check digests. `progress` is told the
-        bytes checked and their total. Raises EngineError or LaunchError before anything large is
-        allocated; a byte that differs from the manifest is found before this returns.
+        that compute (None: all CPUs) and those that check digests. `progress` is told the bytes
+        brought in (checked or generated, then unpacked) and their total. Raises EngineError or
+        LaunchError before anything large is allocated; a byte that differs from the manifest is
+        found before this returns.
         """
         engine_dir = Path(engine_dir)
         if threads is not None and threads < 1:
@@ -126,23 +130,14 @@ class Session:
         config = _lower_limits(config, max_batch_size, max_num_tokens)
         num_blocks = _num_blocks(config, rank, kv_cache_bytes)
         _check_ram(config, rank, num_blocks)
-        total = sum(file.size for file in manifest.files)
-        checked = 0
-
-        def report(num_bytes: int) -> None:
-            nonlocal checked
-            checked += num_bytes
-            if progress:
-                progress(checked, total)
-
-        ranks = () if config.dummy else (rank,)
-        check_files(engine_dir, manifest, ranks, num_readers, report)
         layout = rank_file(config, rank, digest)
+        report = _meter(layout.num_bytes, progress)
         if config.dummy is not None:
-            stored = generate_weights(config, rank, layout)
+            stored = generate_weights(config, rank, layout, report)
         else:
+            check_files(engine_dir, manifest, (rank,), num_readers, report)
             stored = map_weights(engine_dir / rank_file_name(rank), layout)
-        return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, threads)
+        return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, threads, report)
 
     @property
     def memory(self) -> RankMemory:
@@ -242,6 +237,19 @@ class Session:
         return Activations(
             arrays["residual_TD"], arrays["partial_TD"], arrays["q_TQ"], arrays["act_TF"]
         )
+
+
+def _meter(num_bytes: int, progress: LoadProgress | None) -> Callable[[int], None]:
+    """A function that adds up bytes; every byte is met twice, when checked and when unpacked."""
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done = min(done + more, 2 * num_bytes)
+        if progress:
+            progress(done, 2 * num_bytes)
+
+    return report
 
 
 def _cached(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
