@@ -31,14 +31,6 @@ DTYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
 )
 
 
-def dtype_name(dtype: np.dtype[Any]) -> str:
-    """Inverse of DTYPES; ConfigError for a dtype that weights cannot have."""
-    for name, known in DTYPES.items():
-        if known == dtype:
-            return name
-    raise ConfigError(f"weights cannot be {dtype}; puna stores {', '.join(DTYPES)}")
-
-
 def to_float32(x: Array) -> Array:
     """float32 copy (or the array itself); bfloat16 by shifting bits, ten times faster than a
     cast."""

@@ -13,7 +13,6 @@ from puna.quant import (
     Format,
     QuantTensor,
     all_finite,
-    dtype_name,
     quantize,
     spread_groups,
     to_float32,
@@ -126,9 +125,3 @@ def test_to_float32_and_all_finite_agree_with_numpy(bits: list[int], name: str) 
     assert wide.dtype == np.float32
     assert np.array_equal(wide, x.astype(np.float32), equal_nan=True)
     assert all_finite(x) == bool(np.isfinite(x.astype(np.float32)).all())
-
-
-def test_dtype_names() -> None:
-    assert [dtype_name(dtype) for dtype in DTYPES.values()] == list(DTYPES)
-    with pytest.raises(ConfigError, match="int32"):
-        dtype_name(np.dtype(np.int32))
