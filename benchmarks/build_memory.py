@@ -156,14 +156,17 @@ def measure(folder: Path, preset: str = PRESET, workers: int | None = None) -> d
     }
 
 
-def session_memory(engine: Path) -> dict[str, int]:
-    """The bytes that a session of the engine holds, counted from its arrays."""
+def session_memory(engine: Path) -> dict[str, Any]:
+    """The bytes that a session of the engine holds, counted from its arrays, and those that the
+    plan has for the session's device."""
+    from puna.memory import rank_memory
     from puna.runtime.session import Session
 
     session = Session.open(engine)
     held = session.memory.to_json()
+    planned = rank_memory(session.config, 0, session.device).to_json()
     session.close()
-    return held
+    return {"device": session.device, "held": held, "planned": planned}
 
 
 def main() -> None:

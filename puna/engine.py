@@ -17,11 +17,11 @@ from typing import Any
 from puna.errors import EngineError, PunaError
 from puna.layout import check_layout
 from puna.mapping import Mapping, check_parallel
-from puna.quant import DTYPES, Format
+from puna.quant import DTYPES, KV_DTYPES, Format
 from puna.spec import GenerationDefaults, ModelSpec
 from puna.strict_json import canonical_json, check_json, exact_keys
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 TOKENIZER_DIR = "tokenizer"
 
@@ -173,9 +173,9 @@ class EngineConfig:
         for name in ("ffn_multiple", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("dtype", "kv_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(DTYPES)}")
+        for name, legal in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(legal)}")
         check_parallel(self.spec, self.tp_size, self.pp_size)
         if len(self.memory) != self.world_size:
             raise ValueError(f"memory of {len(self.memory)} ranks, needed {self.world_size}")

@@ -48,12 +48,13 @@ class Job:
             self.prompt_logits.append(logits)
             if not event.token_ids and event.finish_reason is None:
                 return False
-        delta = part.take(event)
-        if delta.finish_reason is not None:
+        text = part.take(event)
+        if part.finish_reason is not None:
             self.num_unfinished -= 1
         if self.deltas is not None:
-            self.deltas.append(delta)
-        return delta.finish_reason is not None
+            logprobs = None if self.request.params.logprobs is None else event.logprobs
+            self.deltas.append(Delta(text, event.token_ids, part.finish_reason, logprobs))
+        return part.finish_reason is not None
 
     def abort(self) -> None:
         for part in self.parts:
@@ -78,7 +79,8 @@ class Part:
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
 
-    def take(self, event: SequenceEvent) -> Delta:
+    def take(self, event: SequenceEvent) -> str:
+        """Add what a step brought; return the text that can be shown now."""
         reason = event.finish_reason
         self._token_ids += event.token_ids
         if self._logprobs is not None:
@@ -94,8 +96,7 @@ class Part:
                 reason = "stop"
         self._pieces.append(text)
         self.finish_reason = reason
-        logprobs = None if self._logprobs is None else event.logprobs
-        return Delta(text, event.token_ids, reason, logprobs)
+        return text
 
     def completion(self) -> Completion:
         return Completion(

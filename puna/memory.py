@@ -3,56 +3,73 @@
 Every array that a session allocates is named here with its dtype and shape; the plan sums the same
 table that the session allocates from, so the two cannot differ.
 
+What a session allocates depends on its device: "cpu" computes with the weights as they are mapped,
+"reference" with a float32 copy of them. A build plans for "cpu".
+
 Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, D hidden, H query heads
-on this rank, K KV heads on this rank, E head_dim, F ffn on this rank, V vocab on this rank, N KV
-blocks, P block size, M blocks a sequence (most).
+on this rank, K KV heads on this rank, E head_dim, Q = H * E, X = 2 * K * E, F ffn on this rank, V
+vocab on this rank, N KV blocks, P block size, M blocks a sequence (most).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from puna.engine import EngineConfig, RankMemory
-from puna.layout import ArraySpec
-from puna.quant import DTYPES
+from puna.layout import COLS_MULTIPLE, ArraySpec
+from puna.quant import KV_DTYPES
 from puna.rank_file import rank_file, rank_weights
 from puna.weights import extent
 
+Device = Literal["cpu", "reference"]
+
 FLOAT32 = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
+INT8 = np.dtype(np.int8)
+UINT16 = np.dtype(np.uint16)
+
+# The cpu device quantises activations with a scale for each of so many numbers at the least,
+ACT_BLOCK = 16
+# and shares out a long context in parts of so many tokens.
+CONTEXT_PART = 128
 
 
-def kv_cache_spec(config: EngineConfig, rank: int, num_blocks: int) -> ArraySpec:
-    """The KV cache of a rank: [layers here, 2 (K, V), N, P, K, E] in kv_dtype."""
+def kv_cache_specs(config: EngineConfig, rank: int, num_blocks: int) -> dict[str, ArraySpec]:
+    """The KV cache of a rank: `kv_cache` [layers here, 2 (K, V), N, K, P, E] in kv_dtype, in which
+    the keys of a block and KV head lie as [E, P]; for int8 `kv_scales` without the last axis."""
     spec, mapping = config.spec, config.mapping(rank)
     num_kv_heads = extent("kv_heads", spec.kv_size, spec, mapping).size // spec.head_dim
     num_layers = len(mapping.layers(spec.num_layers))
-    block = (config.limits.block_size, num_kv_heads, spec.head_dim)
-    return DTYPES[config.kv_dtype], (num_layers, 2, num_blocks, *block)
+    tokens = (num_layers, 2, num_blocks, num_kv_heads, config.limits.block_size)
+    specs = {"kv_cache": (KV_DTYPES[config.kv_dtype], (*tokens, spec.head_dim))}
+    return {**specs, "kv_scales": (FLOAT32, tokens)} if config.kv_dtype == "int8" else specs
 
 
 def kv_block_bytes(config: EngineConfig, rank: int) -> int:
     """Bytes of one KV block over all layers of the rank."""
-    return _num_bytes(kv_cache_spec(config, rank, 1))
+    return _num_bytes(kv_cache_specs(config, rank, 1))
 
 
-def workspace_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
-    """Everything a session allocates beside the mapped weights and the KV cache.
+def workspace_specs(config: EngineConfig, rank: int, device: Device) -> dict[str, ArraySpec]:
+    """Everything a session allocates beside the mapped weights and the KV cache."""
+    own = _cpu_specs if device == "cpu" else _reference_specs
+    return {**_step_specs(config, rank), **own(config, rank)}
 
-    The reference ops keep every matrix unpacked to float32 as well (`unpacked.*`): four bytes a
-    weight, the price of plain NumPy matrix products.
-    """
+
+def _step_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
+    """What every device needs: a step's inputs, the stream, activations and logits."""
     spec, mapping, limits = config.spec, config.mapping(rank), config.limits
     num_tokens, num_seqs = limits.max_num_tokens, limits.max_batch_size
     max_blocks = -(-limits.max_seq_len // limits.block_size)
-    q_size = extent("heads", spec.q_size, spec, mapping).size
-    ffn = extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size
+    q_size, ffn = _q_size(config, rank), _ffn(config, rank)
     vocab = extent("vocab", spec.vocab_size, spec, mapping, config.vocab_multiple).size
     rope = (FLOAT32, (limits.max_seq_len, spec.head_dim // 2))
-    specs: dict[str, ArraySpec] = {
+    return {
         "token_ids_T": (INT32, (num_tokens,)),
         "positions_T": (INT32, (num_tokens,)),
         "slots_T": (INT32, (num_tokens,)),
@@ -68,25 +85,85 @@ def workspace_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "act_TF": (FLOAT32, (num_tokens, ffn)),
         "logits_LV": (FLOAT32, (num_seqs, vocab)),
     }
-    for weight in rank_weights(config, rank):
-        if weight.weight.is_matrix:
-            specs[f"unpacked.{weight.name}"] = (FLOAT32, weight.shape)
-    return specs
 
 
-def rank_memory(config: EngineConfig, rank: int) -> RankMemory:
+def _reference_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
+    """Every matrix unpacked: four bytes a weight, the price of plain NumPy matrix products."""
+    return {
+        f"unpacked.{weight.name}": (FLOAT32, weight.shape)
+        for weight in rank_weights(config, rank)
+        if weight.weight.is_matrix
+    }
+
+
+def _cpu_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
+    spec, limits = config.spec, config.limits
+    q_size = _q_size(config, rank)
+    kv_size = extent("kv_heads", spec.kv_size, spec, config.mapping(rank)).size
+    return cpu_scratch_specs(
+        num_tokens=limits.max_num_tokens,
+        num_seqs=limits.max_batch_size,
+        max_seq_len=limits.max_seq_len,
+        num_inputs=max(spec.hidden_size, q_size, _ffn(config, rank)),
+        num_heads=q_size // spec.head_dim,
+        num_kv_heads=kv_size // spec.head_dim,
+        head_dim=spec.head_dim,
+    )
+
+
+def cpu_scratch_specs(
+    *,
+    num_tokens: int,
+    num_seqs: int,
+    max_seq_len: int,
+    num_inputs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> dict[str, ArraySpec]:
+    """What the cpu device writes between the phases of an operation, at the most of each.
+
+    `act_*_TK` hold the inputs of one product, `num_inputs` being the most that any has. Quantised
+    inputs come in two forms, hence the axes of 2: in blocks of 32, and of ACT_BLOCK; `act_*_TB`
+    have a number for each of at most B blocks. `attn_part` is [S, parts of the context, H, E + 2].
+    """
+    num_inputs = -(-num_inputs // COLS_MULTIPLE) * COLS_MULTIPLE
+    by_block = (2, num_tokens, num_inputs // ACT_BLOCK)
+    num_parts = -(-max_seq_len // CONTEXT_PART)
+    return {
+        "kv_TX": (FLOAT32, (num_tokens, 2 * num_kv_heads * head_dim)),
+        "attended_TQ": (FLOAT32, (num_tokens, num_heads * head_dim)),
+        "act_float_TK": (FLOAT32, (num_tokens, num_inputs)),
+        "act_bf16_TK": (UINT16, (num_tokens, num_inputs)),
+        "act_q_TK": (INT8, (2, num_tokens, num_inputs)),
+        "act_scale_TB": (FLOAT32, by_block),
+        "act_sum_TB": (FLOAT32, by_block),
+        "act_isum_TB": (INT32, by_block),
+        "attn_part": (FLOAT32, (num_seqs, num_parts, num_heads, head_dim + 2)),
+    }
+
+
+def _q_size(config: EngineConfig, rank: int) -> int:
+    return extent("heads", config.spec.q_size, config.spec, config.mapping(rank)).size
+
+
+def _ffn(config: EngineConfig, rank: int) -> int:
+    size, mapping = config.spec.intermediate_size, config.mapping(rank)
+    return extent("ffn", size, config.spec, mapping, config.ffn_multiple).size
+
+
+def rank_memory(config: EngineConfig, rank: int, device: Device) -> RankMemory:
     """Bytes the rank needs: its file as mapped, its KV cache, its workspace."""
     no_digest = "0" * 64
     return RankMemory(
         weights=rank_file(config, rank, no_digest).num_bytes,
-        kv_cache=_num_bytes(kv_cache_spec(config, rank, config.limits.num_blocks)),
-        workspace=sum(map(_num_bytes, workspace_specs(config, rank).values())),
+        kv_cache=_num_bytes(kv_cache_specs(config, rank, config.limits.num_blocks)),
+        workspace=_num_bytes(workspace_specs(config, rank, device)),
     )
 
 
-def _num_bytes(spec: ArraySpec) -> int:
-    dtype, shape = spec
-    return dtype.itemsize * int(np.prod([int(n) for n in shape], dtype=object))
+def _num_bytes(specs: dict[str, ArraySpec]) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
 
 
 def available_bytes() -> int | None:

@@ -27,7 +27,7 @@ from puna.mapping import check_parallel
 from puna.memory import rank_memory
 from puna.quant import DTYPES, Format
 from puna.spec import GenerationDefaults, ModelSpec
-from puna.weights import EngineWeight, engine_weights, split
+from puna.weights import checkpoint_weights, engine_weights
 
 Quant = Literal["auto", "none", "int8", "int4"]
 Resolved = dict[str, tuple[Any, str]]
@@ -113,14 +113,14 @@ def plan(facts: CheckpointFacts, config: BuildConfig) -> EngineConfig:
         ffn_multiple=resolved["ffn_multiple"][0],
         vocab_multiple=1,
         limits=limits,
-        weights={name: StoredWeight(fmt.name, "rows") for name, fmt in weights.items()},
+        weights={name: StoredWeight(fmt.name, "tiles") for name, fmt in weights.items()},
         memory=(),
         resolved=resolved,
         generation=facts.generation,
         dummy=facts.dummy,
         provenance=facts.provenance,
     )
-    memory = tuple(rank_memory(planned, rank) for rank in range(planned.world_size))
+    memory = tuple(rank_memory(planned, rank, "cpu") for rank in range(planned.world_size))
     return replace(planned, memory=memory)
 
 
@@ -145,20 +145,16 @@ def _dtype(facts: CheckpointFacts, config: BuildConfig) -> tuple[str, str]:
 
 
 def _weight_formats(facts: CheckpointFacts, config: BuildConfig, dtype: str) -> dict[str, Format]:
-    """Format of every stored tensor. Fused tensors are split where their parts differ."""
-    chosen: dict[str, Format] = {}
-    for fused in engine_weights(facts.spec):
-        formats = {part.name: _part_format(part.name, facts, config, dtype) for part in fused.parts}
-        if not fused.is_matrix:
-            chosen[fused.name] = Format.dense("float32")
-        elif len(set(formats.values())) == 1:
-            chosen[fused.name] = next(iter(formats.values()))
-        else:
-            chosen.update({weight.name: formats[weight.name] for weight in split(fused)})
-    return chosen
+    """Format of every stored tensor."""
+    return {
+        weight.name: _matrix_format(weight.name, facts, config, dtype)
+        if weight.is_matrix
+        else Format.dense("float32")
+        for weight in engine_weights(facts.spec)
+    }
 
 
-def _part_format(name: str, facts: CheckpointFacts, config: BuildConfig, dtype: str) -> Format:
+def _matrix_format(name: str, facts: CheckpointFacts, config: BuildConfig, dtype: str) -> Format:
     if config.quant == "none":
         return Format.dense(dtype)
     if config.quant == "auto":
@@ -175,11 +171,10 @@ def _part_format(name: str, facts: CheckpointFacts, config: BuildConfig, dtype: 
 def _quant(
     facts: CheckpointFacts, config: BuildConfig, weights: dict[str, Format]
 ) -> tuple[str, str]:
-    matrices = [w for fused in engine_weights(facts.spec) for w in (fused, *split(fused))]
-    stored = {w.name: w for w in matrices if w.is_matrix and w.name in weights}
     counts: Counter[str] = Counter()
-    for name, weight in stored.items():
-        counts[weights[name].name] += _num_weights(weight)
+    for weight in checkpoint_weights(facts.spec):
+        if weight.is_matrix:
+            counts[weights[weight.name].name] += math.prod(weight.shape)
     total = sum(counts.values())
     shares = ", ".join(f"{n / total:.0%} {name}" for name, n in counts.most_common())
     most = Format.parse(counts.most_common(1)[0][0])
@@ -189,16 +184,15 @@ def _quant(
     return label, f"as asked: {shares}"
 
 
-def _num_weights(weight: EngineWeight) -> int:
-    return sum(math.prod(part.shape) for part in weight.parts)
-
-
 def _kv_dtype(config: BuildConfig, dtype: str) -> tuple[str, str]:
-    if config.kv_dtype != "auto":
+    if config.kv_dtype == "auto":
+        return dtype, "the same as dtype"
+    if config.kv_dtype != "int8":
         raise ConfigError(
-            f"kv-dtype {config.kv_dtype} is not available on target cpu in this version: use auto"
+            f"kv-dtype {config.kv_dtype} is not available on target cpu in this version: use auto "
+            "or int8"
         )
-    return dtype, "the same as dtype"
+    return "int8", "as asked"
 
 
 def _ffn_multiple(config: BuildConfig, weights: dict[str, Format]) -> tuple[int, str]:

@@ -29,6 +29,10 @@ DTYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
         "bfloat16": np.dtype(ml_dtypes.bfloat16),
     }
 )
+# What a KV cache may hold: floats, or integers with a float32 scale for each token and KV head.
+KV_DTYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
+    {**DTYPES, "int8": np.dtype(np.int8)}
+)
 
 
 def to_float32(x: Array) -> Array:

@@ -18,7 +18,7 @@ from puna.engine import CONFIG_FILE, EngineConfig
 from puna.errors import EngineError
 from puna.layout import ArraySpec, array_specs
 from puna.quant import DTYPES, Format
-from puna.weights import EngineWeight, Extent, engine_weights, extent, on_rank, split
+from puna.weights import EngineWeight, Extent, engine_weights, extent, on_rank
 
 # Every array starts at a multiple of this many bytes of its file, so that a memory map can be read
 # with aligned vector loads.
@@ -42,7 +42,7 @@ class RankWeight:
     weight: EngineWeight
     format: Format
     layout: str
-    rows: tuple[Extent, ...]  # one a part, stacked in this order
+    rows: tuple[Extent, ...]  # one a part, in this order; a matrix has one
     cols: Extent
 
     @property
@@ -81,17 +81,14 @@ def _rank_weights(config: EngineConfig, rank: int) -> Iterator[RankWeight]:
     def held(axis: Any, size: int) -> Extent:
         return extent(axis, size, spec, mapping, multiples.get(axis, 1))
 
-    for fused in on_rank(engine_weights(spec), spec, mapping):
-        for weight in (fused,) if fused.name in config.weights else split(fused):
-            stored = config.weights.get(weight.name)
-            if stored is None:
-                raise EngineError(
-                    f"config.json declares no weight {weight.name}: rebuild the engine"
-                )
-            rows = tuple(held(part.axes[0], part.shape[0]) for part in weight.parts)
-            first = weight.parts[0]
-            cols = held(first.axes[1], first.shape[1]) if weight.is_matrix else Extent(0, 1, 1)
-            yield RankWeight(weight, Format.parse(stored.format), stored.layout, rows, cols)
+    for weight in on_rank(engine_weights(spec), spec, mapping):
+        stored = config.weights.get(weight.name)
+        if stored is None:
+            raise EngineError(f"config.json declares no weight {weight.name}: rebuild the engine")
+        rows = tuple(held(part.axes[0], part.shape[0]) for part in weight.parts)
+        first = weight.parts[0]
+        cols = held(first.axes[1], first.shape[1]) if weight.is_matrix else Extent(0, 1, 1)
+        yield RankWeight(weight, Format.parse(stored.format), stored.layout, rows, cols)
 
 
 def rank_file_name(rank: int) -> str:

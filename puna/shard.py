@@ -1,7 +1,7 @@
 """From canonical weights to the arrays of one rank: slice, shard, cast or quantise, pad, pack.
 
-Works a few rows at a time, so that memory does not grow with the model. Used by the build (which
-writes the rows to a file) and by sessions of dummy engines (which keep them).
+Works a few row tiles at a time, so that memory does not grow with the model. Used by the build
+(which writes them to a file) and by sessions of dummy engines (which keep them).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from puna.errors import CheckpointError
-from puna.layout import pack_rows
+from puna.layout import TILE, pack_dense, pack_quantised
 from puna.quant import DTYPES, Array, Format, QuantTensor, all_finite, quantize, to_float32
 from puna.rank_file import RankWeight
 from puna.weights import Extent
@@ -31,13 +31,15 @@ class WeightSource(Protocol):
 
 
 def rank_rows(weight: RankWeight, source: WeightSource) -> Iterator[tuple[int, dict[str, Array]]]:
-    """Yield (first row, stored arrays by full name) until every row of the rank's tensor is given.
+    """Yield (first, stored arrays by full name) until every row of the rank's tensor is given.
 
-    Raises CheckpointError for values that are not finite or do not fit the stored dtype.
+    `first` is where the arrays belong on the first axis of the stored ones, which counts tiles of
+    a matrix and numbers of a vector. Raises CheckpointError for values that are not finite or do
+    not fit the stored dtype.
     """
     first = 0
     for part, rows in zip(weight.weight.parts, weight.rows, strict=True):
-        step = max(1, CHUNK_WEIGHTS // weight.num_cols)
+        step = max(1, CHUNK_WEIGHTS // weight.num_cols // TILE) * TILE
         for at in range(0, rows.size, step):
             chunk = Extent(
                 min(rows.start + at, rows.stop),
@@ -50,7 +52,7 @@ def rank_rows(weight: RankWeight, source: WeightSource) -> Iterator[tuple[int, d
             else:
                 named = {weight.name: _vector(part.name, chunk, source)}
             yield first, named
-            first += chunk.size
+            first += len(next(iter(named.values())))
 
 
 def _vector(name: str, rows: Extent, source: WeightSource) -> Array:
@@ -68,11 +70,11 @@ def _matrix_rows(
         for values in (kept.scale_NG, kept.min_NG):
             if values is not None:
                 _finite(name, values)
-        return pack_rows(_pad_quantised(kept, rows.size, cols.size))
+        return pack_quantised(_pad_quantised(kept, rows.size, cols.size))
     x_NK = _finite(name, source.load(name, rows.source, cols.source))
     if fmt.is_dense:
-        return {"data": _pad(_cast(name, x_NK, fmt), rows.size, cols.size)}
-    return pack_rows(quantize(_pad(to_float32(x_NK), rows.size, cols.size), fmt))
+        return pack_dense(_pad(_cast(name, x_NK, fmt), rows.size, cols.size))
+    return pack_quantised(quantize(_pad(to_float32(x_NK), rows.size, cols.size), fmt))
 
 
 def _finite(name: str, x: Array) -> Array:

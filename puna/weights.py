@@ -1,13 +1,13 @@
 """The one table of every tensor of a LLaMA model, with logical axes.
 
 Derived from it, and declared nowhere else: the names a checkpoint must have and their shapes, what
-each rank holds (sharding, KV-head duplication, zero padding, pipeline stages), which tensors are
+each rank holds (sharding, KV-head duplication, zero padding, pipeline stages), which biases are
 fused in an engine, and which may be quantised. This file knows neither files nor number formats.
 
 Two views of the same weights:
 
 - `checkpoint_weights`: canonical tensors as published, one projection each;
-- `engine_weights`: what an engine stores, with q, k, v and gate, up fused by rows.
+- `engine_weights`: what an engine stores, with the biases of q, k, v and of gate, up fused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class EngineWeight:
-    """One tensor of an engine: canonical tensors concatenated along their rows."""
+    """One tensor of an engine: a canonical matrix, or canonical vectors one after the other."""
 
     name: str
     parts: tuple[WeightSpec, ...]
@@ -110,52 +110,38 @@ def _layer_weights(s: ModelSpec, i: int) -> Iterator[EngineWeight]:
     def bias(name: str, rows: int, axis: Axis) -> WeightSpec:
         return WeightSpec(f"layers.{i}.{name}.bias", (rows,), (axis,), "layer", i)
 
-    def fused(name: str, *parts: WeightSpec) -> EngineWeight:
-        return EngineWeight(f"layers.{i}.{name}", parts)
+    def norm(name: str) -> WeightSpec:
+        return WeightSpec(f"layers.{i}.{name}.weight", (hidden,), (None,), "layer", i)
 
-    yield fused(
-        "attn_norm.weight",
-        WeightSpec(f"layers.{i}.attn_norm.weight", (hidden,), (None,), "layer", i),
-    )
-    yield fused(
-        "attn.qkv.weight",
-        projection("attn.q", q, hidden, ("heads", None)),
-        projection("attn.k", kv, hidden, ("kv_heads", None)),
-        projection("attn.v", kv, hidden, ("kv_heads", None)),
-    )
+    def fused(name: str, *parts: WeightSpec) -> EngineWeight:
+        return EngineWeight(f"layers.{i}.{name}.bias", parts)
+
+    yield _single(norm("attn_norm"))
+    yield _single(projection("attn.q", q, hidden, ("heads", None)))
+    yield _single(projection("attn.k", kv, hidden, ("kv_heads", None)))
+    yield _single(projection("attn.v", kv, hidden, ("kv_heads", None)))
     if s.attention_bias:
         yield fused(
-            "attn.qkv.bias",
+            "attn.qkv",
             bias("attn.q", q, "heads"),
             bias("attn.k", kv, "kv_heads"),
             bias("attn.v", kv, "kv_heads"),
         )
-    yield fused("attn.o.weight", projection("attn.o", hidden, q, (None, "heads")))
+    yield _single(projection("attn.o", hidden, q, (None, "heads")))
     if s.attention_bias:
-        yield fused("attn.o.bias", bias("attn.o", hidden, "once"))
-    yield fused(
-        "mlp_norm.weight",
-        WeightSpec(f"layers.{i}.mlp_norm.weight", (hidden,), (None,), "layer", i),
-    )
-    yield fused(
-        "mlp.gate_up.weight",
-        projection("mlp.gate", ffn, hidden, ("ffn", None)),
-        projection("mlp.up", ffn, hidden, ("ffn", None)),
-    )
+        yield _single(bias("attn.o", hidden, "once"))
+    yield _single(norm("mlp_norm"))
+    yield _single(projection("mlp.gate", ffn, hidden, ("ffn", None)))
+    yield _single(projection("mlp.up", ffn, hidden, ("ffn", None)))
     if s.mlp_bias:
-        yield fused("mlp.gate_up.bias", bias("mlp.gate", ffn, "ffn"), bias("mlp.up", ffn, "ffn"))
-    yield fused("mlp.down.weight", projection("mlp.down", hidden, ffn, (None, "ffn")))
+        yield fused("mlp.gate_up", bias("mlp.gate", ffn, "ffn"), bias("mlp.up", ffn, "ffn"))
+    yield _single(projection("mlp.down", hidden, ffn, (None, "ffn")))
     if s.mlp_bias:
-        yield fused("mlp.down.bias", bias("mlp.down", hidden, "once"))
+        yield _single(bias("mlp.down", hidden, "once"))
 
 
 def _single(part: WeightSpec) -> EngineWeight:
     return EngineWeight(part.name, (part,))
-
-
-def split(weight: EngineWeight) -> tuple[EngineWeight, ...]:
-    """The parts as engine tensors of their own (when their number formats differ)."""
-    return tuple(_single(part) for part in weight.parts)
 
 
 def on_rank(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
-from puna.cli import build, chat, inspect, quickstart, run
+from puna.cli import bench, build, chat, inspect, quickstart, run
 from puna.errors import PunaError
 
 DESCRIPTION = """\
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"puna {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (quickstart, build, inspect, run, chat):
+    for module in (quickstart, build, inspect, run, chat, bench):
         module.add_commands(commands, debug)
     return parser
 

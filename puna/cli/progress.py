@@ -15,12 +15,25 @@ if TYPE_CHECKING:
 def byte_bar(what: str) -> Iterator[Progress]:
     """Yield a function (done, total) in bytes that draws a bar; quiet when stderr is no
     terminal."""
+    with _bar(what, "B", is_scaled=True) as update:
+        yield update
+
+
+@contextmanager
+def token_bar(what: str) -> Iterator[Progress]:
+    """The same in tokens."""
+    with _bar(what, "tok", is_scaled=False) as update:
+        yield update
+
+
+@contextmanager
+def _bar(what: str, unit: str, is_scaled: bool) -> Iterator[Progress]:
     from tqdm import tqdm
 
     with tqdm(
         desc=what,
-        unit="B",
-        unit_scale=True,
+        unit=unit,
+        unit_scale=is_scaled,
         file=sys.stderr,
         disable=None,
         leave=False,

@@ -47,10 +47,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x W^T + b. `weights` are W's rows in order, in one part or several of different formats.
+    """y = x W^T + b. `weights` are W's rows in order: one matrix, or q, k, v, or gate and up.
 
-    Each part is whatever the backend made of a stored tensor when it was loaded; the model only
-    passes it on.
+    Each is whatever the backend made of a stored matrix when it was loaded, formats may differ; the
+    model only passes them on. The bias is one vector for all.
     """
 
     weights: tuple[Any, ...]
@@ -67,10 +67,16 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's paged keys and values [N, P, K, E]; slot s is (s // P, s % P)."""
+    """One layer's paged keys and values; slot s is token s % P of block s // P.
 
-    keys_NPKE: Array
-    values_NPKE: Array
+    Inside a block the keys of a KV head are transposed, so that its tokens lie side by side. An
+    int8 cache has float32 scales beside it, of each token and KV head: x = q * scale.
+    """
+
+    keys_NKEP: Array
+    values_NKPE: Array
+    key_scales_NKP: Array | None = None
+    value_scales_NKP: Array | None = None
 
 
 class Program(Protocol):
@@ -85,8 +91,15 @@ class Ops(Protocol):
     """One backend. Operations may only be called inside `record`; they write to the arrays
     given."""
 
-    def load_matrix(self, arrays: dict[str, Array], format_name: str, out_NK: Array) -> Any:
-        """Make a stored matrix usable: `arrays` as in the engine, `out_NK` its workspace."""
+    def load_matrix(
+        self,
+        arrays: dict[str, Array],
+        format_name: str,
+        shape: tuple[int, int],
+        out_NK: Array | None,
+    ) -> Any:
+        """Make a stored matrix of `shape` (N, K) usable. `arrays` are as in the engine; `out_NK` is
+        its workspace, for a backend whose memory plan has one (`unpacked.*`)."""
         ...
 
     def record(self, emit: Callable[[], None]) -> Program:
@@ -108,7 +121,11 @@ class Ops(Protocol):
         q_TQ: Array,
     ) -> None:
         """Reduce into the residual, norm, project to q, k, v; rotate q and k by their positions;
-        store k and v (rounded to the cache's dtype) at slots_T; write q."""
+        store k and v at slots_T; write q.
+
+        A float cache is rounded to its dtype. For an int8 cache, in float32, over the E numbers of
+        a token and KV head: scale = max|x| / 127, q = rint(x * (127 / max|x|)), all 0 for zeros.
+        """
         ...
 
     def attention(
@@ -137,6 +154,9 @@ class Ops(Protocol):
         that it may be called for other rows of the same step."""
         ...
 
-    def copy_blocks(self, kv_cache: Array, copies_C2: Array) -> None:
-        """Copy KV blocks (source, destination) of every layer, at once rather than recorded."""
+    def copy_blocks(self, kv_arrays: tuple[Array, ...], copies_C2: Array) -> None:
+        """Copy KV blocks (source, destination) of every layer, at once rather than recorded.
+
+        Blocks are axis 2 of each array; all sources are read before anything is written.
+        """
         ...

@@ -13,14 +13,17 @@ head.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from puna.batch import ForwardBatch
+from puna.layout import TILE as WEIGHT_TILE
 from puna.layout import to_dense
 from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
+from puna.ops.kv_blocks import copy_blocks
 from puna.quant import Array, Format, to_float32
 
 # 16 rows: a decode step costs 1.3 times what it does with 4, a prefill has a quarter of the passes
@@ -55,15 +58,24 @@ class ReferenceOps:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
+        self.threads = threads or os.cpu_count() or 1
         self._calls: list[Callable[[], None]] | None = None
 
-    def load_matrix(self, arrays: dict[str, Array], format_name: str, out_NK: Array) -> Array:
-        num_rows, num_cols = out_NK.shape
+    def load_matrix(
+        self,
+        arrays: dict[str, Array],
+        format_name: str,
+        shape: tuple[int, int],
+        out_NK: Array | None,
+    ) -> Array:
+        assert out_NK is not None and out_NK.shape == shape
+        num_rows, num_cols = shape
         fmt = Format.parse(format_name)
-        step = max(1, 2**20 // num_cols)
-        for start in range(0, num_rows, step):
-            rows = {suffix: array[start : start + step] for suffix, array in arrays.items()}
-            out_NK[start : start + step] = to_dense(rows, fmt, num_cols)
+        step = max(1, 2**20 // num_cols // WEIGHT_TILE)
+        for first in range(0, -(-num_rows // WEIGHT_TILE), step):
+            tiles = {suffix: array[first : first + step] for suffix, array in arrays.items()}
+            out_RK = out_NK[first * WEIGHT_TILE : (first + step) * WEIGHT_TILE]
+            out_RK[:] = to_dense(tiles, fmt, len(out_RK), num_cols)
         return out_NK
 
     def record(self, emit: Callable[[], None]) -> Program:
@@ -108,8 +120,8 @@ class ReferenceOps:
     def head(self, x: Stream, rows_L: Array, norm: Norm, linear: Linear, logits_LV: Array) -> None:
         self._append(partial(_head, x, rows_L, norm, linear, logits_LV))
 
-    def copy_blocks(self, kv_cache: Array, copies_C2: Array) -> None:
-        kv_cache[:, :, copies_C2[:, 1]] = kv_cache[:, :, copies_C2[:, 0]]
+    def copy_blocks(self, kv_arrays: tuple[Array, ...], copies_C2: Array) -> None:
+        copy_blocks(kv_arrays, copies_C2)
 
 
 def _embed(token_ids_T: Array, table: Linear, x: Stream) -> None:
@@ -127,7 +139,7 @@ def _qkv(
     cache: LayerCache,
     q_TQ: Array,
 ) -> None:
-    _, block_size, num_kv_heads, head_dim = cache.keys_NPKE.shape
+    _, num_kv_heads, block_size, head_dim = cache.values_NKPE.shape
     kv_size = num_kv_heads * head_dim
     qkv_TX = _project(_reduce_norm(x, norm), linear)
     num_tokens = len(qkv_TX)
@@ -137,10 +149,23 @@ def _qkv(
     cos_T1E = rope.cos_PE[batch.positions_T][:, None, :]
     sin_T1E = rope.sin_PE[batch.positions_T][:, None, :]
     q_TQ[:] = _rotate(q_THE, cos_T1E, sin_T1E).reshape(num_tokens, -1)
-    at = (batch.slots_T // block_size, batch.slots_T % block_size)
-    dtype = cache.keys_NPKE.dtype
-    cache.keys_NPKE[at] = _rotate(k_TKE, cos_T1E, sin_T1E).astype(dtype)
-    cache.values_NPKE[at] = v_TKE.astype(dtype)
+    block_T, offset_T = batch.slots_T // block_size, batch.slots_T % block_size
+    k_TKE = _rotate(k_TKE, cos_T1E, sin_T1E)
+    if cache.key_scales_NKP is not None and cache.value_scales_NKP is not None:
+        k_TKE, cache.key_scales_NKP[block_T, :, offset_T] = _quantise_kv(k_TKE)
+        v_TKE, cache.value_scales_NKP[block_T, :, offset_T] = _quantise_kv(v_TKE)
+    dtype = cache.values_NKPE.dtype
+    cache.keys_NKEP[block_T, :, :, offset_T] = k_TKE.astype(dtype)
+    cache.values_NKPE[block_T, :, offset_T] = v_TKE.astype(dtype)
+
+
+def _quantise_kv(x_TKE: Array) -> tuple[Array, Array]:
+    """int8 [T, K, E] and float32 scales [T, K]."""
+    largest_TK1 = np.abs(x_TKE).max(axis=2, keepdims=True)
+    limit = np.float32(127)
+    inverse_TK1 = np.zeros_like(largest_TK1)
+    np.divide(limit, largest_TK1, out=inverse_TK1, where=largest_TK1 > 0)
+    return np.rint(x_TKE * inverse_TK1).astype(np.int8), (largest_TK1 / limit)[:, :, 0]
 
 
 def _attention(q_TQ: Array, batch: ForwardBatch, cache: LayerCache, out: Linear, x: Stream) -> None:
@@ -207,17 +232,23 @@ def _rotate(x_THE: Array, cos_T1E: Array, sin_T1E: Array) -> Array:
 
 def _read_context(block_table_M: Array, num_context: int, cache: LayerCache) -> tuple[Array, Array]:
     """Keys and values [K, context rounded up to whole chunks, E] in float32, zeros at the end."""
-    _, block_size, num_kv_heads, head_dim = cache.keys_NPKE.shape
+    _, num_kv_heads, block_size, head_dim = cache.values_NKPE.shape
     blocks = block_table_M[: -(-num_context // block_size)]
     shape = (num_kv_heads, -(-num_context // CONTEXT) * CONTEXT, head_dim)
 
-    def read(cache_NPKE: Array) -> Array:
-        x_CKE = cache_NPKE[blocks].reshape(-1, num_kv_heads, head_dim)[:num_context]
+    def read(cache_NKPE: Array, scales_NKP: Array | None) -> Array:
+        x_KNPE = cache_NKPE[blocks].transpose(1, 0, 2, 3)
+        x_KCE = x_KNPE.reshape(num_kv_heads, -1, head_dim)[:, :num_context]
         out_KCE = np.zeros(shape, np.float32)
-        out_KCE[:, :num_context] = to_float32(x_CKE).transpose(1, 0, 2)
+        out_KCE[:, :num_context] = to_float32(x_KCE)
+        if scales_NKP is not None:
+            scales_KNP = scales_NKP[blocks].transpose(1, 0, 2)
+            scales_KC = scales_KNP.reshape(num_kv_heads, -1)[:, :num_context]
+            out_KCE[:, :num_context] *= scales_KC[:, :, None]
         return out_KCE
 
-    return read(cache.keys_NPKE), read(cache.values_NPKE)
+    keys_NKPE = cache.keys_NKEP.transpose(0, 1, 3, 2)
+    return read(keys_NKPE, cache.key_scales_NKP), read(cache.values_NKPE, cache.value_scales_NKP)
 
 
 def _attend(q_RQ: Array, k_KCE: Array, v_KCE: Array, first_position: int) -> Array:

@@ -11,6 +11,7 @@ alternatives asked for.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,13 @@ import numpy as np
 from puna.dummy_values import counter_bits
 from puna.quant import Array
 
-# The nucleus of top-p is sought among this many best tokens before all are sorted.
-_NUCLEUS_GUESS = 1024
+# The best tokens are sought among those this far below the best one before all are sorted.
+_MARGINS = (2.0, 4.0, 8.0, 16.0)
 # Largest minus smallest value of `gumbel`: -log(-log(u)) for u = 1 - 2^-33 and u = 2^-33.
 _GUMBEL_RANGE = 26.01
+# Noise above this is rare (one token in 400); its bits are at least _LARGE_BITS.
+_LARGE_NOISE = 6.0
+_LARGE_BITS = int(math.exp(-math.exp(-(_LARGE_NOISE - 0.01))) * 2**32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +79,12 @@ def sample(logits_LV: Array, batch: SamplingBatch) -> SampleResult:
         chosen_LV = logits_LV.copy()
         _apply_penalties(chosen_LV, batch)
     token_ids_L = chosen_LV.argmax(axis=1).astype(np.int32)  # ties: the lowest id
-    for row in np.flatnonzero(batch.temperature_L):
+    for row, temperature in enumerate(batch.temperature_L.tolist()):
+        if not temperature:
+            continue
         token_ids_L[row] = _draw(
             chosen_LV[row],
-            temperature=float(batch.temperature_L[row]),
+            temperature=temperature,
             top_k=int(batch.top_k_L[row]),
             top_p=float(batch.top_p_L[row]),
             min_p=float(batch.min_p_L[row]),
@@ -107,20 +113,31 @@ def _draw(
     key: tuple[int, int, int],
 ) -> int:
     """Draw from the filtered distribution of one row by the Gumbel-max trick."""
-    ids = np.flatnonzero(logits_V > -np.inf)
-    if 0 < top_k < len(ids):
+    if 0 < top_k < len(logits_V):
+        ids = next(top for top in _tops(logits_V) if len(top) >= top_k)
+        x = logits_V[ids]
         # Tokens that tie with the k-th stay: which of them goes must not be a matter of sorting.
-        ids = np.flatnonzero(logits_V >= np.partition(logits_V, -top_k)[-top_k])
+        ids = ids[x >= np.partition(x, -top_k)[-top_k]]
+    elif top_p < 1:
+        ids = np.flatnonzero(logits_V > -np.inf)
+    else:  # no noise can make up for being further below the best
+        ids = np.flatnonzero(logits_V >= float(logits_V.max()) - _GUMBEL_RANGE * temperature)
     x = logits_V[ids].astype(np.float64)
     with np.errstate(over="ignore"):  # relative to the best: any positive temperature is safe
         z = (x - x.max()) / temperature
     if top_p < 1:
         kept = _nucleus(z, top_p)
         ids, z = ids[kept], z[kept]
-    # Below min_p; or so far below the best that no noise can make up for it.
-    lowest = max(math.log(min_p) if min_p else -math.inf, -_GUMBEL_RANGE)
-    ids, z = ids[z >= lowest], z[z >= lowest]
-    return int(ids[np.argmax(z + gumbel(*key, ids))])
+    if min_p:
+        kept = np.flatnonzero(z >= math.log(min_p))
+        ids, z = ids[kept], z[kept]
+    bits = _noise_bits(*key, ids)
+    # Only who is near the best token's score, or has rare luck, can beat it: few need logarithms.
+    best = z.argmax()
+    score = z[best] + _gumbel_of(bits[best])
+    contenders = np.flatnonzero((z >= score - _LARGE_NOISE) | (bits >= _LARGE_BITS))
+    scores = z[contenders] + _gumbel_of(bits[contenders])
+    return int(ids[contenders[scores.argmax()]])
 
 
 def _nucleus(z: Array, top_p: float) -> Array:
@@ -129,15 +146,19 @@ def _nucleus(z: Array, top_p: float) -> Array:
     `z` are log-probabilities up to a constant. Indices are ascending; of equals, the first is best.
     """
     total = np.exp(z).sum()
-    best = np.arange(len(z))
-    if len(z) > _NUCLEUS_GUESS:
-        guess = np.flatnonzero(z >= np.partition(z, -_NUCLEUS_GUESS)[-_NUCLEUS_GUESS])
-        if np.exp(z[guess]).sum() >= top_p * total:
-            best = guess
+    best = next(top for top in _tops(z) if np.exp(z[top]).sum() >= top_p * total)
     best = best[np.argsort(-z[best], kind="stable")]
     reached = np.cumsum(np.exp(z[best])) >= top_p * total
     size = int(reached.argmax()) + 1 if reached.any() else len(best)
     return np.sort(best[:size])
+
+
+def _tops(x: Array) -> Iterator[Array]:
+    """Indices, ascending, of ever more of the largest, at last of all."""
+    largest = x.max()
+    for margin in _MARGINS:
+        yield np.flatnonzero(x >= largest - margin)
+    yield np.arange(len(x))
 
 
 def gumbel(seed: int, stream: int, position: int, token_ids: Array) -> Array:
@@ -145,10 +166,17 @@ def gumbel(seed: int, stream: int, position: int, token_ids: Array) -> Array:
 
     Two 32-bit keys are drawn from (seed, stream, position), then 32 bits for each token from them.
     """
+    return _gumbel_of(_noise_bits(seed, stream, position, token_ids))
+
+
+def _noise_bits(seed: int, stream: int, position: int, token_ids: Array) -> Array:
     counter = np.uint64(2) * np.uint64((stream << 32) | position)
     pair = np.array([counter, counter + np.uint64(1)], np.uint64)
     key0, key1 = counter_bits(seed & 0xFFFFFFFF, seed >> 32, pair).tolist()
-    bits = counter_bits(key0, key1, token_ids.astype(np.uint64))
+    return counter_bits(key0, key1, token_ids.astype(np.uint64))
+
+
+def _gumbel_of(bits: Array) -> Array:
     uniform = (bits.astype(np.float64) + 0.5) * 2.0**-32  # never 0 or 1
     return -np.log(-np.log(uniform))
 
@@ -162,14 +190,17 @@ def log_softmax(logits_LV: Array) -> Array:
 
 def _with_logprobs(token_ids_L: Array, logits_LV: Array, num_logprobs_L: Array) -> SampleResult:
     num_rows, vocab_size = logits_LV.shape
-    num_top = min(max(0, int(num_logprobs_L.max(initial=0))), vocab_size)
+    wanted = num_logprobs_L.tolist()
+    num_top = min(max(0, 0, *wanted), vocab_size)
     logprobs_L = np.full(num_rows, np.nan, np.float32)
     top_ids_LK = np.full((num_rows, num_top), -1, np.int32)
     top_logprobs_LK = np.full((num_rows, num_top), np.nan, np.float32)
-    for row in np.flatnonzero(num_logprobs_L >= 0):
+    for row, num_wanted in enumerate(wanted):
+        if num_wanted < 0:
+            continue
         logprobs_V = log_softmax(logits_LV[row : row + 1])[0]
         logprobs_L[row] = logprobs_V[token_ids_L[row]]
-        k = min(int(num_logprobs_L[row]), vocab_size)
+        k = min(num_wanted, vocab_size)
         if k:
             kth = np.partition(logprobs_V, -k)[-k]
             top = np.flatnonzero(logprobs_V >= kth)

@@ -37,8 +37,8 @@ def generate_weights(
     arrays = _views(np.zeros(layout.num_bytes, np.uint8), layout)
     source = DummyWeights(config.spec, config.dummy.seed)
     for weight in rank_weights(config, rank):
-        for first, rows in rank_rows(weight, source):
-            for name, values in rows.items():
+        for first, chunk in rank_rows(weight, source):
+            for name, values in chunk.items():
                 arrays[name][first : first + len(values)] = values
                 report(values.nbytes)
     return arrays
@@ -59,10 +59,13 @@ def bind_model(
     ops: Ops,
     stored: dict[str, Array],
     arrays: dict[str, Array],
-    kv_cache: Array,
+    kv: dict[str, Array],
     report: Callable[[int], None],
 ) -> Llama:
-    """Bind stored weights, KV cache and RoPE tables to the model; `report` is told the bytes."""
+    """Bind stored weights, KV cache and RoPE tables to the model; `report` is told the bytes.
+
+    `arrays` and `kv` are those of `puna.memory`: workspace and KV cache.
+    """
     spec, mapping = config.spec, config.mapping(rank)
     weights = {weight.name: weight for weight in rank_weights(config, rank)}
 
@@ -73,38 +76,37 @@ def bind_model(
             for name, array in stored.items()
             if name.startswith(prefix)
         }
-        loaded = ops.load_matrix(parts, weight.format.name, arrays[f"unpacked.{weight.name}"])
+        shape = (weight.num_rows, weight.num_cols)
+        workspace = arrays.get(f"unpacked.{weight.name}")
+        loaded = ops.load_matrix(parts, weight.format.name, shape, workspace)
         report(sum(array.nbytes for array in parts.values()))
         return loaded
 
-    def linear(name: str, parts: tuple[str, ...] = ()) -> Linear:
-        names = (
-            [f"{name}.weight"] if f"{name}.weight" in weights else [f"{p}.weight" for p in parts]
-        )
-        return Linear(tuple(matrix(weights[n]) for n in names), stored.get(f"{name}.bias"))
+    def linear(name: str, *parts: str) -> Linear:
+        """The matrices of `parts`, or that of `name`, and the bias of `name`."""
+        matrices = tuple(matrix(weights[f"{part}.weight"]) for part in parts or (name,))
+        return Linear(matrices, stored.get(f"{name}.bias"))
 
     def norm(name: str) -> Norm:
         return Norm(stored[f"{name}.weight"], spec.rms_norm_eps)
 
-    def layer(index: int, layer_cache: Array) -> Layer:
+    def layer(index: int, cache: LayerCache) -> Layer:
         at = f"layers.{index}"
-        qkv_parts = tuple(f"{at}.attn.{part}" for part in ("q", "k", "v"))
-        mlp_parts = tuple(f"{at}.mlp.{part}" for part in ("gate", "up"))
         return Layer(
             attn_norm=norm(f"{at}.attn_norm"),
-            qkv=linear(f"{at}.attn.qkv", qkv_parts),
+            qkv=linear(f"{at}.attn.qkv", f"{at}.attn.q", f"{at}.attn.k", f"{at}.attn.v"),
             o=linear(f"{at}.attn.o"),
             mlp_norm=norm(f"{at}.mlp_norm"),
-            gate_up=linear(f"{at}.mlp.gate_up", mlp_parts),
+            gate_up=linear(f"{at}.mlp.gate_up", f"{at}.mlp.gate", f"{at}.mlp.up"),
             down=linear(f"{at}.mlp.down"),
-            cache=LayerCache(layer_cache[0], layer_cache[1]),
+            cache=cache,
         )
 
     rope = RopeTable(arrays["rope_cos_PE"], arrays["rope_sin_PE"])
     rope.cos_PE[:], rope.sin_PE[:] = rope_tables(spec.rope, spec.head_dim, len(rope.cos_PE))
     layers = tuple(
-        layer(index, layer_cache)
-        for index, layer_cache in zip(mapping.layers(spec.num_layers), kv_cache, strict=True)
+        layer(index, cache)
+        for index, cache in zip(mapping.layers(spec.num_layers), layer_caches(kv), strict=True)
     )
     embed = linear("embed") if "embed.weight" in weights else None
     head = None
@@ -117,3 +119,15 @@ def bind_model(
         norm=norm("norm") if mapping.is_last_stage else None,
         head=head,
     )
+
+
+def layer_caches(kv: dict[str, Array]) -> list[LayerCache]:
+    """Views of the arrays of `puna.memory.kv_cache_specs`, for each layer."""
+    kv_cache = kv["kv_cache"]
+    _, _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+    keys_shape = (num_blocks, num_kv_heads, head_dim, block_size)
+    caches = []
+    for i, (keys, values_NKPE) in enumerate(kv_cache):
+        scales = kv["kv_scales"][i] if "kv_scales" in kv else (None, None)
+        caches.append(LayerCache(keys.reshape(keys_shape), values_NKPE, *scales))
+    return caches

@@ -34,6 +34,7 @@ _PARAMS = np.dtype(
         ("num_logprobs", np.int32),
     ]
 )
+_ONE = np.int32(1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Lowering:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._order = np.zeros(0, np.int64)  # rows in the order in which their sequences joined
         self._seq_id_R = np.zeros(num_rows, np.int64)
-        self._num_known_R = np.zeros(num_rows, np.int64)
-        self._num_computed_R = np.zeros(num_rows, np.int64)
+        self._num_known_R = np.zeros(num_rows, np.int32)
+        self._num_computed_R = np.zeros(num_rows, np.int32)
         self._num_blocks_R = np.zeros(num_rows, np.int64)
         self._is_decoding_R = np.zeros(num_rows, bool)
         self._last_token_R = np.zeros(num_rows, np.int32)
@@ -90,7 +91,7 @@ class Lowering:
             self._join(join)
         for seq_id, block_ids in plan.new_blocks:
             self._append_blocks(self._row_of[seq_id], block_ids)
-        return self._lower(plan)
+        return self._lower(plan) if plan.prefills else self._lower_decode(plan)
 
     def record(self, step: LoweredStep, sampled: SampleResult, logits_LV: Array) -> StepResult:
         """Take the sampled tokens into the mirror and return the step's result.
@@ -150,6 +151,39 @@ class Lowering:
         start = int(self._num_blocks_R[row])
         self._block_table_RM[row, start : start + len(block_ids)] = block_ids
         self._num_blocks_R[row] = start + len(block_ids)
+
+    def _lower_decode(self, plan: StepPlan) -> LoweredStep:
+        """What `_lower` would return for a step in which each sequence computes its last token.
+
+        Most steps are of this kind, and Python's share of them is to be small.
+        """
+        rows = self._order[self._is_decoding_R[self._order]]
+        positions_T = self._num_computed_R[rows]
+        seq_lens_S = positions_T + _ONE
+        blocks_T = positions_T // self.block_size
+        slots_T = self._block_table_RM[rows, blocks_T] * self.block_size
+        slots_T += positions_T - blocks_T * self.block_size
+        query_start_S1 = np.arange(len(rows) + 1, dtype=np.int32)
+        num_blocks = 1 + max(blocks_T.tolist())
+        step = LoweredStep(
+            batch=ForwardBatch(
+                token_ids_T=self._last_token_R[rows],
+                positions_T=positions_T,
+                slots_T=slots_T,
+                query_start_S1=query_start_S1,
+                seq_lens_S=seq_lens_S,
+                block_table_SM=self._block_table_RM[rows, :num_blocks],
+                logits_rows_L=query_start_S1[:-1],
+            ),
+            sampling=self._sampling(rows, seq_lens_S),
+            copies_C2=np.array(plan.copies, np.int32).reshape(-1, 2),
+            sample_rows=None,
+            prompt_rows=(),
+            rows=rows,
+        )
+        self._num_computed_R[rows] = seq_lens_S
+        self._num_known_R[rows] += _ONE
+        return step
 
     def _lower(self, plan: StepPlan) -> LoweredStep:
         num_tokens_R = self._is_decoding_R.astype(np.int64)
@@ -285,10 +319,11 @@ def _params_row(params: SamplingParams, seed: int, stream: int) -> tuple:
 def _token_logprobs(
     sampled: SampleResult, num_logprobs_L: Array
 ) -> tuple[TokenLogprob | None, ...]:
-    if not (num_logprobs_L >= 0).any():
+    wanted = num_logprobs_L.tolist()
+    if max(wanted, default=-1) < 0:
         return ()
     found: list[TokenLogprob | None] = []
-    for row, num_top in enumerate(num_logprobs_L.tolist()):
+    for row, num_top in enumerate(wanted):
         if num_top < 0:
             found.append(None)
             continue

@@ -16,18 +16,22 @@ from typing import TypeVar
 import numpy as np
 
 from puna.batch import ForwardBatch
+from puna.cpu.ops import CpuOps
 from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
+from puna.layout import ArraySpec
 from puna.manifest import check_files, read_manifest
 from puna.memory import (
+    Device,
     available_bytes,
     human_bytes,
     kv_block_bytes,
-    kv_cache_spec,
+    kv_cache_specs,
     rank_memory,
     workspace_specs,
 )
 from puna.models.llama.model import Activations
+from puna.native.library import find_library, why_missing
 from puna.ops import Ops, Program
 from puna.ops.reference import ReferenceOps
 from puna.ops.sampling import sample
@@ -40,7 +44,7 @@ from puna.runtime.load import bind_model, generate_weights, map_weights
 from puna.runtime.lower import Lowering
 from puna.runtime.step import StepPlan, StepResult
 
-DEVICES = ("auto", "reference")
+DEVICES = ("auto", "cpu", "reference")
 # Programs kept, one for each batch shape met lately; a decode batch meets few shapes.
 MAX_PROGRAMS = 64
 
@@ -60,6 +64,8 @@ class Session:
         engine_dir: Path,
         config: EngineConfig,
         rank: int,
+        device: Device,
+        instruction_set: str | None,
         num_blocks: int,
         stored: dict[str, Array],
         stored_bytes: int,
@@ -70,17 +76,16 @@ class Session:
         self.config = config
         self.num_blocks = num_blocks
         self.block_size = config.limits.block_size
-        self._ops: Ops = ReferenceOps(threads)
-        self._arrays = {
-            name: np.empty(shape, dtype)
-            for name, (dtype, shape) in workspace_specs(config, rank).items()
-        }
-        dtype, shape = kv_cache_spec(config, rank, num_blocks)
-        self._kv_cache = np.empty(shape, dtype)
-        self._weight_bytes = stored_bytes
-        self._model = bind_model(
-            config, rank, self._ops, stored, self._arrays, self._kv_cache, report
+        self.device: Device = device
+        self._arrays = _allocate(workspace_specs(config, rank, device))
+        self._ops = _make_ops(device, instruction_set, threads, self._arrays)
+        self.threads = self._ops.threads
+        self.device_name = (
+            f"cpu:{self._ops.instruction_set}" if isinstance(self._ops, CpuOps) else device
         )
+        self._kv = _allocate(kv_cache_specs(config, rank, num_blocks))
+        self._weight_bytes = stored_bytes
+        self._model = bind_model(config, rank, self._ops, stored, self._arrays, self._kv, report)
         self._programs: OrderedDict[tuple[int, int], tuple[ForwardBatch, Program]] = OrderedDict()
         self._heads: OrderedDict[tuple[int, int], tuple[Array, Program]] = OrderedDict()
         limits = config.limits
@@ -118,7 +123,7 @@ class Session:
         # The small files first: what the config says is believed only if it is what was written.
         check_files(engine_dir, manifest, (), num_readers)
         digest = config.digest()
-        _check_device(device, config)
+        chosen, instruction_set = _choose_device(device, config)
         if config.world_size != world_size:
             raise LaunchError(
                 f"Engine world size ({config.world_size}) != Runtime world size ({world_size}): "
@@ -129,7 +134,7 @@ class Session:
             raise LaunchError(f"rank {rank} is not between 0 and {world_size - 1}: start it as one")
         config = _lower_limits(config, max_batch_size, max_num_tokens)
         num_blocks = _num_blocks(config, rank, kv_cache_bytes)
-        _check_ram(config, rank, num_blocks)
+        _check_ram(config, rank, chosen, num_blocks)
         layout = rank_file(config, rank, digest)
         report = _meter(layout.num_bytes, progress)
         if config.dummy is not None:
@@ -137,14 +142,25 @@ class Session:
         else:
             check_files(engine_dir, manifest, (rank,), num_readers, report)
             stored = map_weights(engine_dir / rank_file_name(rank), layout)
-        return cls(engine_dir, config, rank, num_blocks, stored, layout.num_bytes, threads, report)
+        return cls(
+            engine_dir,
+            config,
+            rank,
+            chosen,
+            instruction_set,
+            num_blocks,
+            stored,
+            layout.num_bytes,
+            threads,
+            report,
+        )
 
     @property
     def memory(self) -> RankMemory:
         """Bytes this session holds, counted from its arrays."""
         return RankMemory(
             weights=self._weight_bytes,
-            kv_cache=self._kv_cache.nbytes,
+            kv_cache=sum(array.nbytes for array in self._kv.values()),
             workspace=sum(array.nbytes for array in self._arrays.values()),
         )
 
@@ -155,7 +171,7 @@ class Session:
         assert self._result is None, "collect the step before"
         step = self._lowering.lower(plan)
         if len(step.copies_C2):
-            self._ops.copy_blocks(self._kv_cache, step.copies_C2)
+            self._ops.copy_blocks(tuple(self._kv.values()), step.copies_C2)
         num_tokens = self._forward(step.batch)
         logits_LV = self._logits(step.batch.logits_rows_L, num_tokens)
         sampled = sample(step.sample_logits(logits_LV), step.sampling)
@@ -172,7 +188,8 @@ class Session:
         self._programs.clear()
         self._heads.clear()
         self._arrays.clear()
-        del self._model, self._kv_cache
+        self._kv.clear()
+        del self._model
 
     def _forward(self, batch: ForwardBatch) -> int:
         num_tokens, num_seqs = batch.num_tokens, batch.num_seqs
@@ -262,16 +279,36 @@ def _cached(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value])
     return cache[key]
 
 
-def _check_device(device: str, config: EngineConfig) -> None:
+def _choose_device(device: str, config: EngineConfig) -> tuple[Device, str | None]:
+    """The device that runs, and the instruction set asked for ("cpu:avx2"); None is the best."""
     if config.target != "cpu":
         raise EngineError(
             f"the engine was built for {config.target}, this version of puna runs cpu engines: "
             "build it again with --target cpu"
         )
-    if device not in DEVICES:
+    name, _, instruction_set = device.partition(":")
+    if name not in DEVICES or (instruction_set and name != "cpu"):
         raise EngineError(
             f"device {device!r} is not in this version of puna: use one of {', '.join(DEVICES)}"
         )
+    if name == "cpu" and find_library() is None:
+        raise EngineError(f"{why_missing()} (or run with --device reference, which is slow)")
+    if name == "reference" or find_library() is None:
+        return "reference", None
+    return "cpu", instruction_set or None
+
+
+def _make_ops(
+    device: Device, instruction_set: str | None, threads: int | None, arrays: dict[str, Array]
+) -> CpuOps | ReferenceOps:
+    library = find_library()
+    if device == "reference" or library is None:
+        return ReferenceOps(threads)
+    return CpuOps(library, arrays, threads, instruction_set)
+
+
+def _allocate(specs: dict[str, ArraySpec]) -> dict[str, Array]:
+    return {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items()}
 
 
 def _lower_limits(
@@ -307,10 +344,10 @@ def _num_blocks(config: EngineConfig, rank: int, kv_cache_bytes: int | None) -> 
     return kv_cache_bytes // block
 
 
-def _check_ram(config: EngineConfig, rank: int, num_blocks: int) -> None:
+def _check_ram(config: EngineConfig, rank: int, device: Device, num_blocks: int) -> None:
     """Refuse now what would be killed later. Mapped weights can be dropped by the system, so they
     do not count; generated ones do."""
-    memory = rank_memory(config, rank)
+    memory = rank_memory(config, rank, device)
     kv_cache = num_blocks * kv_block_bytes(config, rank)
     needed = memory.workspace + kv_cache + (memory.weights if config.dummy else 0)
     available = available_bytes()

@@ -345,22 +345,22 @@ ENGINE_DAMAGE = {
     "unknown key": (lambda e: change_config(e, colour=3), "unknown keys colour: rebuild"),
     "newer": (
         lambda e: change_config(e, format_version=99, colour=3),
-        "engine format 99 found, this puna reads format 1: rebuild the engine",
+        "engine format 99 found, this puna reads format 2: rebuild the engine",
     ),
     "other target": (
         lambda e: change_config(e, target="sm_90"),
         "was built for sm_90, this version of puna runs cpu engines: build it again",
     ),
     "unknown layout": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": "int8", "layout": "tiles"}}),
-        "layout 'tiles' is unknown; this version of puna reads rows: rebuild the engine",
+        lambda e: change_config(e, weights={"embed.weight": {"format": "int8", "layout": "rows"}}),
+        "layout 'rows' is unknown; this version of puna reads tiles: rebuild the engine",
     ),
     "unknown format": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": "int9", "layout": "rows"}}),
+        lambda e: change_config(e, weights={"embed.weight": {"format": "int9", "layout": "tiles"}}),
         "unknown weight format 'int9': rebuild the engine",
     ),
     "format no text": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": [], "layout": "rows"}}),
+        lambda e: change_config(e, weights={"embed.weight": {"format": [], "layout": "tiles"}}),
         "rebuild the engine",
     ),
     "header of another config": (

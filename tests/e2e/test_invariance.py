@@ -1,8 +1,8 @@
 """A request's tokens depend on neither its company, nor the chunking, nor the cache, nor luck.
 
 Greedy tokens are compared with those of each prompt alone, computed in one piece and without a
-prefix cache; logits are compared to the bit. Models: the trained stories260K (float32 and int8) and
-a random one in which every size is odd for some tile.
+prefix cache; logits are compared to the bit. Models: the trained stories260K (float32, and int8
+with an int8 KV cache) and a random one in which every size is odd for some tile.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def engine(
         )
     else:
         checkpoint = request.getfixturevalue("stories")
-    quant = "int8" if request.param.endswith("int8") else "auto"
+    numbers = "int8" if request.param.endswith("int8") else "auto"
     out = tmp_path_factory.mktemp("engines") / request.param
-    build(checkpoint, out, BuildConfig(quant=quant, max_batch_size=BATCH))
+    build(checkpoint, out, BuildConfig(quant=numbers, kv_dtype=numbers, max_batch_size=BATCH))
     return out
 
 

@@ -12,6 +12,7 @@ from puna.builder import build
 from puna.checkpoint import open_checkpoint
 from puna.engine import read_config
 from puna.llm import LLM
+from puna.ops.sampling import log_softmax
 from puna.plan import BuildConfig
 from puna.rank_file import rank_file_name
 from puna.runtime.request import SamplingParams
@@ -73,3 +74,17 @@ def test_greedy_text_is_a_story(shared_data: Path, tmp_path: Path) -> None:
     with LLM(tmp_path / "engine") as llm:
         (out,) = llm.generate(["Once upon a time"], SamplingParams(12, temperature=0.0))
     assert out.text.startswith(", there was a little girl named Lily"), out.text
+
+
+def test_an_int8_cache_hardly_changes_the_probabilities(stories: Path, tmp_path: Path) -> None:
+    """Measured: a divergence of 0.0007 nats a token with heads of 8, the fewest numbers a scale."""
+    build(stories, tmp_path / "float32")
+    build(stories, tmp_path / "int8", BuildConfig(kv_dtype="int8"))
+    params = SamplingParams(max_new_tokens=150, temperature=0.0, ignore_eos=True)
+    with LLM(tmp_path / "float32") as exact, LLM(tmp_path / "int8") as rounded:
+        (story,) = exact.generate([[1]], params)
+        expected, found = (
+            log_softmax(llm.logits([1, *story.token_ids])) for llm in (exact, rounded)
+        )
+    divergence_T = (np.exp(expected) * (expected - found)).sum(axis=1)
+    assert 1e-5 < divergence_T.mean() < 1.5e-3

@@ -24,6 +24,7 @@ MODULES = {
 # Each module may import from layers below its own, and from its own layer.
 RUN = [
     ("cli",),
+    ("bench",),
     ("llm",),
     ("job",),
     ("runtime.executor",),
@@ -31,6 +32,7 @@ RUN = [
     ("runtime.load",),
     ("runtime.lower", "models"),
     ("runtime.scheduler", "runtime.block_pool", "runtime.step", "runtime.request"),
+    ("cpu",),
     ("ops",),
 ]
 BUILD = [("cli",), ("builder",), ("plan", "checkpoint", "output")]
@@ -43,10 +45,11 @@ SHARED = [
     ("quant", "weights"),
     ("mapping",),
     ("spec", "version"),
+    ("native",),
     ("strict_json",),
     ("errors",),
 ]
-RUN_ONLY = ("runtime", "models", "ops", "llm", "job")
+RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench")
 BUILD_ONLY = ("builder", "plan", "checkpoint", "output")
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")

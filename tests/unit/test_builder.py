@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 import puna.builder
 import puna.output
+import puna.shard
 from puna import BuildConfig, build
 from puna.checkpoint import open_checkpoint
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
@@ -38,13 +39,24 @@ def stored(engine: Path, rank: int = 0) -> dict[str, np.ndarray]:
     return load_file(engine / f"rank{rank}.safetensors")
 
 
+def matrix(found: dict[str, np.ndarray], name: str, num_rows: int) -> np.ndarray:
+    """A stored float32 matrix, row by row; the rows that fill its last tile are zeros."""
+    data = found[f"{name}.data"]
+    assert data.dtype == np.float32 and data.shape[0] == -(-num_rows // 16) and data.shape[2] == 16
+    rows = np.concatenate([tile.T for tile in data])
+    assert not rows[num_rows:].any()
+    return rows[:num_rows]
+
+
 def test_dense_engine_holds_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     result = build(checkpoint, tmp_path / "engine")
     found = stored(result.path)
     for i in range(SPEC.num_layers):
-        qkv = np.concatenate([WEIGHTS[f"layers.{i}.attn.{part}.weight"] for part in QKV])
-        assert np.array_equal(found[f"layers.{i}.attn.qkv.weight.data"], qkv)
-    assert np.array_equal(found["embed.weight.data"], WEIGHTS["embed.weight"])
+        for part in QKV:
+            name = f"layers.{i}.attn.{part}.weight"
+            assert np.array_equal(matrix(found, name, len(WEIGHTS[name])), WEIGHTS[name])
+    embed = WEIGHTS["embed.weight"]
+    assert np.array_equal(matrix(found, "embed.weight", len(embed)), embed)
     assert np.array_equal(found["norm.weight"], WEIGHTS["norm.weight"])
     assert read_config(result.path) == result.config
 
@@ -53,10 +65,35 @@ def test_tensor_parallel_ranks_split_the_rows(checkpoint: Path, tmp_path: Path) 
     engine = build(checkpoint, tmp_path / "engine", BuildConfig(tp_size=2)).path
     for rank in range(2):
         found = stored(engine, rank)
-        parts = [np.split(WEIGHTS[f"layers.1.attn.{part}.weight"], 2)[rank] for part in QKV]
-        assert np.array_equal(found["layers.1.attn.qkv.weight.data"], np.concatenate(parts))
+        for part in QKV:
+            name = f"layers.1.attn.{part}.weight"
+            rows = np.split(WEIGHTS[name], 2)[rank]
+            assert np.array_equal(matrix(found, name, len(rows)), rows)
         down = np.split(WEIGHTS["layers.1.mlp.down.weight"], 2, axis=1)[rank]
-        assert np.array_equal(found["layers.1.mlp.down.weight.data"], down)
+        assert np.array_equal(matrix(found, "layers.1.mlp.down.weight", len(down)), down)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_chunks_are_whole_tiles_and_change_no_byte(
+    quant, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix built in one piece and one built some tiles at a time are the same."""
+    config = BuildConfig(quant=quant, tp_size=2)
+    whole = build(checkpoint, tmp_path / "whole", config).path
+    rows: list[int] = []
+    pack = puna.shard.pack_dense if quant == "none" else puna.shard.pack_quantised
+
+    def counting(x):
+        rows.append(len(x if quant == "none" else x.q_NK))
+        return pack(x)
+
+    monkeypatch.setattr(puna.shard, pack.__name__, counting)
+    monkeypatch.setattr(puna.shard, "CHUNK_WEIGHTS", 64 * 32)
+    parts = build(checkpoint, tmp_path / "parts", config).path
+    for rank in range(2):
+        name = f"rank{rank}.safetensors"
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert 32 in rows and max(rows) <= 64, "the narrow matrices in chunks of more rows"
 
 
 @pytest.mark.parametrize("config", [BuildConfig(), BuildConfig(quant="int8", tp_size=2)])

@@ -96,12 +96,11 @@ def test_formats_from_floats(quant: Any, group_size: int | None, expected: set[s
         assert matrices["layers.0.mlp.down.weight"].startswith("int4")
 
 
-def test_auto_keeps_blocks_and_splits_a_fused_tensor_whose_parts_differ() -> None:
+def test_auto_keeps_blocks_whose_formats_differ() -> None:
     found = formats_of(SPEC, BuildConfig(), "int4-g32-min", attn_v="int8-g32", head="float32")
     assert found["layers.0.attn.q.weight"] == found["layers.0.attn.k.weight"] == "int4-g32-min"
     assert found["layers.0.attn.v.weight"] == "int8-g32"
-    assert "layers.0.attn.qkv.weight" not in found
-    assert found["layers.0.mlp.gate_up.weight"] == "int4-g32-min"
+    assert found["layers.0.mlp.gate.weight"] == found["layers.0.mlp.up.weight"] == "int4-g32-min"
     assert found["head.weight"] == "float16", "floats beside blocks become the engine's dtype"
     planned = plan(facts(SPEC, "int4-g32-min", attn_v="int8-g32"), BuildConfig())
     assert planned.quant == "int4-g32-min"
@@ -110,7 +109,25 @@ def test_auto_keeps_blocks_and_splits_a_fused_tensor_whose_parts_differ() -> Non
 
 def test_none_dequantises_blocks() -> None:
     found = formats_of(SPEC, BuildConfig("float32", "none"), "int4-g32-min")
-    assert set(found.values()) == {"float32"} and "layers.0.attn.qkv.weight" in found
+    assert set(found.values()) == {"float32"} and "layers.0.attn.v.weight" in found
+
+
+def test_every_matrix_is_stored_in_tiles_and_on_its_own() -> None:
+    planned = plan(facts(replace(SPEC, attention_bias=True)), BuildConfig())
+    assert {weight.layout for weight in planned.weights.values()} == {"tiles"}
+    assert {w.name for w in checkpoint_weights(SPEC)} <= planned.weights.keys()
+    assert not planned.weights.keys() & {"layers.0.attn.qkv.weight", "layers.0.mlp.gate_up.weight"}
+    assert "layers.0.attn.qkv.bias" in planned.weights
+
+
+def test_kv_dtype() -> None:
+    """int8 takes a byte a number, and four a token, KV head and layer for each of K and V."""
+    usual, small = plan(facts(), BuildConfig()), plan(facts(), BuildConfig(kv_dtype="int8"))
+    assert (usual.kv_dtype, small.kv_dtype) == ("bfloat16", "int8")
+    assert small.resolved["kv_dtype"] == ("int8", "as asked")
+    tokens = usual.limits.num_blocks * usual.limits.block_size * SPEC.num_layers * 2
+    assert usual.memory[0].kv_cache == tokens * SPEC.kv_size * 2
+    assert small.memory[0].kv_cache == tokens * (SPEC.kv_size + 4 * SPEC.num_kv_heads)
 
 
 def test_a_rank_holds_whole_groups_of_the_ffn() -> None:
@@ -159,7 +176,7 @@ def test_options_that_contradict_each_other_are_refused(
     ("options", "message"),
     [
         ({"target": "sm_90"}, "sm_90.*not built by this version"),
-        ({"kv_dtype": "fp8"}, "fp8 is not available"),
+        ({"kv_dtype": "fp8"}, "fp8 is not available.*use auto or int8"),
         ({"tp_size": 3}, "use tp 1, 2, 4, 8"),
         ({"pp_size": 3}, "use pp 2 or fewer"),
         ({"max_num_tokens": 4, "max_batch_size": 8}, "max_num_tokens 4 is below"),

@@ -88,11 +88,11 @@ def test_min_p_with_all_equal():
     assert_distribution(draw(np.zeros(8), 4000, min_p=1.0), np.full(8, 1 / 8))
 
 
-@pytest.mark.parametrize("guess", [1, 2, 3, 1024])
-def test_nucleus_does_not_depend_on_the_first_guess(guess: int, monkeypatch):
+@pytest.mark.parametrize("margins", [(), (0.0,), (0.5, 1.0, 3.0), (100.0,)])
+def test_nucleus_does_not_depend_on_the_first_guess(margins: tuple[float, ...], monkeypatch):
     logits = np.round(RNG.normal(size=50), 1) * 2  # with ties
     whole = [sampling._nucleus(logits, p / 20).tolist() for p in range(20)]
-    monkeypatch.setattr(sampling, "_NUCLEUS_GUESS", guess)
+    monkeypatch.setattr(sampling, "_MARGINS", margins)
     assert whole == [sampling._nucleus(logits, p / 20).tolist() for p in range(20)]
     order = np.argsort(-logits, kind="stable")
     cumulative = np.cumsum(softmax(logits)[order])
@@ -122,6 +122,20 @@ def test_no_noise_can_lift_a_token_by_more_than_the_range(monkeypatch):
         monkeypatch.setattr(sampling, "counter_bits", lambda *_, bits=bits: np.uint32([bits, bits]))
         ends.append(sampling.gumbel(0, 0, 0, np.zeros(2, np.int64))[0])
     assert 0 < sampling._GUMBEL_RANGE - (ends[1] - ends[0]) < 0.1
+
+
+def test_few_logarithms_draw_what_all_would(monkeypatch):
+    """Over flat and peaked rows, and with noise thresholds that rule many tokens out or none."""
+    rows = [RNG.normal(size=3000) * spread for spread in (0.0, 0.3, 1.0, 3.0, 10.0)]
+    for large_noise in (-1.0, 1.0, sampling._LARGE_NOISE, 20.0):
+        monkeypatch.setattr(sampling, "_LARGE_NOISE", large_noise)
+        bits = int(math.exp(-math.exp(-(large_noise - 0.01))) * 2**32)
+        monkeypatch.setattr(sampling, "_LARGE_BITS", bits)
+        for row in rows:
+            x = row.astype(np.float32).astype(np.float64)
+            noise = [sampling.gumbel(1, 0, position, np.arange(3000)) for position in range(60)]
+            expected = [int(np.argmax(x - x.max() + n)) for n in noise]
+            assert draw(row, 60).tolist() == expected
 
 
 def test_masked_tokens_are_never_drawn():

@@ -16,7 +16,6 @@ from puna.weights import (
     engine_weights,
     extent,
     on_rank,
-    split,
 )
 
 SPEC = ModelSpec(64, 172, 5, 8, 4, 8, 509, 512)
@@ -115,8 +114,15 @@ def test_names_and_shapes() -> None:
     ]
 
 
-def test_fused_tensors_split_into_their_parts() -> None:
-    fused = next(w for w in engine_weights(SPEC) if w.name == "layers.2.attn.qkv.weight")
-    names = [f"layers.2.attn.{part}.weight" for part in "qkv"]
-    assert [part.name for part in split(fused)] == names
-    assert all(part.is_matrix and part.layer == 2 for part in split(fused))
+def test_only_biases_are_fused() -> None:
+    spec = replace(SPEC, attention_bias=True, mlp_bias=True)
+    fused = {w.name: [part.name for part in w.parts] for w in engine_weights(spec)}
+    assert {name for name, parts in fused.items() if parts != [name]} == {
+        f"layers.{i}.{name}.bias"
+        for i in range(spec.num_layers)
+        for name in ("attn.qkv", "mlp.gate_up")
+    }
+    assert fused["layers.2.attn.qkv.bias"] == [f"layers.2.attn.{part}.bias" for part in "qkv"]
+    gate_up = [f"layers.2.mlp.{part}.bias" for part in ("gate", "up")]
+    assert fused["layers.2.mlp.gate_up.bias"] == gate_up
+    assert all(w.layer == 2 for w in engine_weights(spec) if w.name.startswith("layers.2."))

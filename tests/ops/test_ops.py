@@ -1,8 +1,8 @@
 """Every operation against a naive one in float64, written here in loops and without a cache.
 
 The operations run as the session runs them: recorded once over fixed arrays, then replayed. Unused
-cache slots, blocks and outputs hold NaN, so that reading or leaving one shows. A new backend joins
-by adding its factory to BACKENDS.
+cache slots, blocks and outputs hold NaN (the scales of an int8 cache; its numbers -128, which no
+operation writes), so that reading or leaving one shows. Which backends there are is in `backends`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from backends import Backend, as_multiplied, backends
 
 from puna.batch import ForwardBatch
-from puna.layout import array_specs, pack_rows
-from puna.ops import LayerCache, Linear, Norm, Ops, RopeTable, Stream
+from puna.layout import array_specs, pack_dense, pack_quantised
+from puna.ops import LayerCache, Linear, Norm, RopeTable, Stream
 from puna.ops.reference import ReferenceOps
-from puna.quant import DTYPES, Array, Format, quantize
+from puna.quant import DTYPES, KV_DTYPES, Array, Format, QuantTensor, quantize
 
-BACKENDS: list[tuple[str, Callable[[], Ops]]] = [("reference", ReferenceOps)]
 # Relative L2 to the float64 result; a wrong term anywhere is larger by orders of magnitude.
 TOLERANCE = 2e-6
 BLOCK = 16
 
 
-@pytest.fixture(params=[make for _, make in BACKENDS], ids=[name for name, _ in BACKENDS])
-def ops(request: pytest.FixtureRequest) -> Ops:
+@pytest.fixture(params=backends().values(), ids=backends().keys())
+def ops(request: pytest.FixtureRequest) -> Backend:
     return request.param()
 
 
@@ -40,10 +40,10 @@ def floats(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def poisoned(*shape: int, dtype: str = "float32") -> Array:
-    return np.full(shape, np.nan, DTYPES[dtype])
+    return np.full(shape, -128 if dtype == "int8" else np.nan, KV_DTYPES[dtype])
 
 
-def run(ops: Ops, emit: Callable[[], None]) -> None:
+def run(ops: Backend, emit: Callable[[], None]) -> None:
     ops.record(emit).run()
 
 
@@ -54,11 +54,22 @@ def assert_close(found: Array, expected: Array, tolerance: float = TOLERANCE) ->
     assert error <= tolerance, error
 
 
-def load(ops: Ops, rng: np.random.Generator, num_rows: int, num_cols: int) -> tuple[object, Array]:
+def load(ops: Backend, rng: np.random.Generator, num_rows: int, num_cols: int) -> tuple[object, Array]:
     """A float32 matrix as the backend wants it, and its values in float64."""
     x_NK = floats(rng, num_rows, num_cols) / np.float32(num_cols**0.5)
-    out_NK = poisoned(num_rows, num_cols)
-    return ops.load_matrix({"data": x_NK}, "float32", out_NK), x_NK.astype(np.float64)
+    return load_float32(ops, x_NK), x_NK.astype(np.float64)
+
+
+def load_float32(ops: Backend, x_NK: Array) -> object:
+    return load_packed(ops, pack_dense(x_NK), "float32", x_NK.shape)
+
+
+def load_packed(
+    ops: Backend, arrays: dict[str, Array], name: str, shape: tuple[int, ...]
+) -> object:
+    num_rows, num_cols = shape
+    out_NK = poisoned(num_rows, num_cols) if isinstance(ops, ReferenceOps) else None
+    return ops.load_matrix(arrays, name, (num_rows, num_cols), out_NK)
 
 
 def stream(rng: np.random.Generator, num_tokens: int, hidden: int) -> tuple[Stream, Array]:
@@ -99,6 +110,67 @@ class Paged:
     def slot(self, seq: int, position: int) -> tuple[int, int]:
         return int(self.batch.block_table_SM[seq, position // BLOCK]), position % BLOCK
 
+    def new_slots(self) -> list[tuple[int, int]]:
+        """Block and offset of each of the step's tokens."""
+        return [(slot // BLOCK, slot % BLOCK) for slot in self.batch.slots_T.tolist()]
+
+
+def poisoned_cache(
+    num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str = "float32"
+) -> LayerCache:
+    scales = None, None
+    if dtype == "int8":
+        scales = (
+            poisoned(num_blocks, num_kv_heads, BLOCK),
+            poisoned(num_blocks, num_kv_heads, BLOCK),
+        )
+    return LayerCache(
+        poisoned(num_blocks, num_kv_heads, head_dim, BLOCK, dtype=dtype),
+        poisoned(num_blocks, num_kv_heads, BLOCK, head_dim, dtype=dtype),
+        *scales,
+    )
+
+
+def store(cache: LayerCache, at: tuple[int, int], keys_KE: Array, values_KE: Array) -> None:
+    """What qkv should leave of one token's float32 keys and values."""
+    block, offset = at
+    for head in range(len(keys_KE)):
+        k_E, v_E = keys_KE[head], values_KE[head]
+        if cache.key_scales_NKP is not None and cache.value_scales_NKP is not None:
+            k_E, cache.key_scales_NKP[block, head, offset] = naive_int8(k_E)
+            v_E, cache.value_scales_NKP[block, head, offset] = naive_int8(v_E)
+        cache.keys_NKEP[block, head, :, offset] = k_E
+        cache.values_NKPE[block, head, offset, :] = v_E
+
+
+def naive_int8(x_E: Array) -> tuple[Array, np.float32]:
+    largest = np.float32(max(abs(x) for x in x_E))
+    if largest == 0:
+        return np.zeros(len(x_E), np.int8), np.float32(0)
+    inverse = np.float32(127) / largest
+    q_E = np.array([np.rint(x * inverse) for x in x_E.astype(np.float32)]).astype(np.int8)
+    return q_E, largest / np.float32(127)
+
+
+def cache_arrays(cache: LayerCache) -> list[Array]:
+    arrays = (cache.keys_NKEP, cache.values_NKPE, cache.key_scales_NKP, cache.value_scales_NKP)
+    return [array for array in arrays if array is not None]
+
+
+def contents(cache: LayerCache) -> tuple[Array, Array]:
+    """Keys and values as float64 [N, P, K, E]; NaN where a number or its scale was not stored."""
+    found = []
+    for stored_NPKE, scales_NKP in (
+        (cache.keys_NKEP.transpose(0, 3, 1, 2), cache.key_scales_NKP),
+        (cache.values_NKPE.transpose(0, 2, 1, 3), cache.value_scales_NKP),
+    ):
+        x_NPKE = stored_NPKE.astype(np.float64)
+        if scales_NKP is not None:
+            x_NPKE[stored_NPKE == -128] = np.nan
+            x_NPKE *= scales_NKP.transpose(0, 2, 1)[..., None]
+        found.append(x_NPKE)
+    return found[0], found[1]
+
 
 def paged(
     rng: np.random.Generator,
@@ -112,8 +184,7 @@ def paged(
     total = sum(num_blocks) + 3
     dealt = iter(rng.permutation(np.arange(1, total)).tolist())
     table_SM = np.zeros((len(sequences), max(num_blocks) + 2), np.int32)
-    shape = (total, BLOCK, num_kv_heads, head_dim)
-    cache = LayerCache(poisoned(*shape, dtype=dtype), poisoned(*shape, dtype=dtype))
+    cache = poisoned_cache(total, num_kv_heads, head_dim, dtype)
     positions: list[int] = []
     slots: list[int] = []
     for s, seq in enumerate(sequences):
@@ -125,8 +196,8 @@ def paged(
                 positions.append(position)
                 slots.append(block * BLOCK + offset)
                 continue
-            for array in (cache.keys_NPKE, cache.values_NPKE):
-                array[block, offset] = floats(rng, num_kv_heads, head_dim).astype(array.dtype)
+            keys_KE, values_KE = floats(rng, 2, num_kv_heads, head_dim)
+            store(cache, (block, offset), keys_KE, values_KE)
     starts = np.cumsum([0, *(seq.num_new for seq in sequences)])
     batch = ForwardBatch(
         token_ids_T=np.zeros(len(positions), np.int32),
@@ -141,7 +212,7 @@ def paged(
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33])
-def test_embed(ops: Ops, rng: np.random.Generator, num_tokens: int) -> None:
+def test_embed(ops: Backend, rng: np.random.Generator, num_tokens: int) -> None:
     matrix, table_VD = load(ops, rng, 37, 20)
     ids_T = rng.integers(0, 37, num_tokens).astype(np.int32)
     x = Stream(poisoned(num_tokens, 20), poisoned(num_tokens, 20))
@@ -150,13 +221,13 @@ def test_embed(ops: Ops, rng: np.random.Generator, num_tokens: int) -> None:
     assert np.array_equal(x.partial_TD, table_VD[ids_T])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "num_kv_heads", "head_dim"),
     [(1, 2, 1, 6), (15, 4, 4, 36), (16, 6, 2, 8), (17, 3, 1, 6), (33, 2, 2, 36)],
 )
 def test_qkv(
-    ops: Ops,
+    ops: Backend,
     rng: np.random.Generator,
     num_tokens: int,
     num_heads: int,
@@ -168,15 +239,14 @@ def test_qkv(
     q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
     x, sum_TD = stream(rng, num_tokens, hidden)
     norm = Norm(floats(rng, hidden), 1e-5)
-    # q in a part of its own, as where GGUF stores v finer than q and k.
-    parts = [load(ops, rng, q_size + kv_size, hidden), load(ops, rng, kv_size, hidden)]
+    parts = [load(ops, rng, size, hidden) for size in (q_size, kv_size, kv_size)]
     weight_NK = np.concatenate([values for _, values in parts])
     bias_N = floats(rng, q_size + 2 * kv_size)
     linear = Linear(tuple(matrix for matrix, _ in parts), bias_N)
     first = num_tokens // 3
     sequences = [Sequence(n, n + 5) for n in (first, num_tokens - first) if n]
     step = paged(rng, sequences, num_kv_heads, head_dim, dtype)
-    before = [a.astype(np.float64) for a in (step.cache.keys_NPKE, step.cache.values_NPKE)]
+    keys_NPKE, values_NPKE = contents(step.cache)
     angles = rng.uniform(0, 6, (40, head_dim // 2))
     rope = RopeTable(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
     q_TQ = poisoned(num_tokens, q_size)
@@ -184,11 +254,9 @@ def test_qkv(
 
     assert np.array_equal(x.residual_TD, sum_TD.astype(np.float32))
     expected_TQ = np.empty((num_tokens, q_size))
-    keys_NPKE, values_NPKE = before
     for t in range(num_tokens):
         y_N = weight_NK @ naive_norm(sum_TD[t], norm) + bias_N
-        position, slot = int(step.batch.positions_T[t]), int(step.batch.slots_T[t])
-        at = (slot // BLOCK, slot % BLOCK)
+        position, at = int(step.batch.positions_T[t]), step.new_slots()[t]
         for h in range(num_heads + num_kv_heads):
             rotated = naive_rotate(y_N[h * head_dim : (h + 1) * head_dim], position, rope)
             if h < num_heads:
@@ -197,16 +265,41 @@ def test_qkv(
                 keys_NPKE[at][h - num_heads] = rotated
         values_NPKE[at] = y_N[q_size + kv_size :].reshape(num_kv_heads, head_dim)
     assert_close(q_TQ, expected_TQ)
-    rounding = {"float32": TOLERANCE, "float16": 5e-4, "bfloat16": 4e-3}[dtype]
-    for found, expected in (
-        (step.cache.keys_NPKE, keys_NPKE),
-        (step.cache.values_NPKE, values_NPKE),
-    ):
+    rounding = {"float32": TOLERANCE, "float16": 5e-4, "bfloat16": 4e-3, "int8": 8e-3}[dtype]
+    for found, expected in zip(contents(step.cache), (keys_NPKE, values_NPKE), strict=True):
         is_set = ~np.isnan(expected)
-        assert np.array_equal(~np.isnan(found.astype(np.float32)), is_set), "wrong slots"
+        assert np.array_equal(~np.isnan(found), is_set), "wrong slots"
         assert_close(found[is_set], expected[is_set], rounding)
 
 
+def test_an_int8_cache_holds_the_rounded_numbers_and_scales_to_the_bit(
+    ops: Backend, rng: np.random.Generator
+) -> None:
+    """Weights of zero, so that k and v are the bias: rotated by nothing, and exact."""
+    num_kv_heads, head_dim, hidden = 3, 10, 12
+    kv_size = num_kv_heads * head_dim
+    keys_KE, values_KE = floats(rng, 2, num_kv_heads, head_dim) * np.float32(7)
+    keys_KE[1] = 0.0
+    values_KE[2, :5] = [127.0, -127.0, 0.5, 1.5, -2.5]  # ties go to even numbers
+    values_KE[2, 5:] = 0.25
+    bias_N = np.concatenate([np.zeros(head_dim), keys_KE.ravel(), values_KE.ravel()])
+    sizes = (head_dim, kv_size, kv_size)
+    matrices = tuple(load_float32(ops, np.zeros((n, hidden), np.float32)) for n in sizes)
+    x, _ = stream(rng, 2, hidden)
+    step = paged(rng, [Sequence(2, 17)], num_kv_heads, head_dim, "int8")
+    rope = RopeTable(np.ones((17, 5), np.float32), np.zeros((17, 5), np.float32))
+    expected = LayerCache(*(array.copy() for array in cache_arrays(step.cache)))
+    for at in step.new_slots():
+        store(expected, at, keys_KE, values_KE)
+    q_TQ = poisoned(2, head_dim)
+    norm, linear = Norm(floats(rng, hidden), 1e-5), Linear(matrices, bias_N.astype(np.float32))
+    run(ops, lambda: ops.qkv(x, norm, linear, rope, step.batch, step.cache, q_TQ))
+    for found, right in zip(cache_arrays(step.cache), cache_arrays(expected), strict=True):
+        assert np.array_equal(found, right, equal_nan=True)
+    assert expected.key_scales_NKP is not None and 0.0 in expected.key_scales_NKP
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("head_dim", [6, 36])
 @pytest.mark.parametrize(
     "sequences",
@@ -223,16 +316,17 @@ def test_qkv(
     ids=lambda sequences: "+".join(f"{s.num_new}of{s.num_context}" for s in sequences),
 )
 def test_attention(
-    ops: Ops, rng: np.random.Generator, sequences: list[Sequence], head_dim: int
+    ops: Backend, rng: np.random.Generator, sequences: list[Sequence], head_dim: int, dtype: str
 ) -> None:
     num_heads, num_kv_heads, hidden = 6, 2, 20
-    step = paged(rng, sequences, num_kv_heads, head_dim)
+    step = paged(rng, sequences, num_kv_heads, head_dim, dtype)
     batch, cache = step.batch, step.cache
     num_tokens = batch.num_tokens
     # What qkv would have stored for the step's own tokens; the rest of their blocks stays NaN.
-    at = (batch.slots_T // BLOCK, batch.slots_T % BLOCK)
-    for array in (cache.keys_NPKE, cache.values_NPKE):
-        array[at] = floats(rng, num_tokens, num_kv_heads, head_dim)
+    for at in step.new_slots():
+        keys_KE, values_KE = floats(rng, 2, num_kv_heads, head_dim)
+        store(cache, at, keys_KE, values_KE)
+    keys_NPKE, values_NPKE = contents(cache)
     q_TQ = floats(rng, num_tokens, num_heads * head_dim) * np.float32(1.5)
     matrix, weight_NK = load(ops, rng, hidden, num_heads * head_dim)
     bias_N = floats(rng, hidden)
@@ -248,8 +342,8 @@ def test_attention(
             for h in range(num_heads):
                 kv = h // (num_heads // num_kv_heads)
                 q_E = q_TQ[t, h * head_dim : (h + 1) * head_dim].astype(np.float64)
-                keys = np.array([cache.keys_NPKE[p][kv] for p in context], np.float64)
-                values = np.array([cache.values_NPKE[p][kv] for p in context], np.float64)
+                keys = np.array([keys_NPKE[p][kv] for p in context])
+                values = np.array([values_NPKE[p][kv] for p in context])
                 weights = np.exp(keys @ q_E / head_dim**0.5)
                 heads.append(weights @ values / weights.sum())
             expected_TD[t] = weight_NK @ np.concatenate(heads) + bias_N
@@ -257,22 +351,23 @@ def test_attention(
     assert np.array_equal(x.residual_TD, residual_TD)
 
 
-def test_attention_survives_scores_beyond_exp(ops: Ops, rng: np.random.Generator) -> None:
+def test_attention_survives_scores_beyond_exp(ops: Backend, rng: np.random.Generator) -> None:
     """Softmax must subtract the largest score, also when a later chunk holds it."""
     step = paged(rng, [Sequence(1, 300)], 1, 6)
     cache, batch = step.cache, step.batch
-    at = (batch.slots_T // BLOCK, batch.slots_T % BLOCK)
-    cache.keys_NPKE[at] = cache.values_NPKE[at] = 1.0
-    cache.keys_NPKE[step.slot(0, 290)] = 400.0
+    ones_KE = np.ones((1, 6), np.float32)
+    store(cache, step.new_slots()[0], ones_KE, ones_KE)
+    values_KE = contents(cache)[1][step.slot(0, 290)].astype(np.float32)
+    store(cache, step.slot(0, 290), 400 * ones_KE, values_KE)
     q_TQ = np.full((1, 6), 100.0, np.float32)
-    matrix = ops.load_matrix({"data": np.eye(6, dtype=np.float32)}, "float32", poisoned(6, 6))
+    matrix = load_float32(ops, np.eye(6, dtype=np.float32))
     x = Stream(poisoned(1, 6), poisoned(1, 6))
     run(ops, lambda: ops.attention(q_TQ, batch, cache, Linear((matrix,)), x))
-    assert np.array_equal(x.partial_TD[0], cache.values_NPKE[step.slot(0, 290)][0])
+    assert np.array_equal(x.partial_TD[0], values_KE[0])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33])
-def test_gate_up(ops: Ops, rng: np.random.Generator, num_tokens: int) -> None:
+def test_gate_up(ops: Backend, rng: np.random.Generator, num_tokens: int) -> None:
     hidden, ffn = 28, 43
     x, sum_TD = stream(rng, num_tokens, hidden)
     norm = Norm(floats(rng, hidden) * np.float32(30), 1e-5)
@@ -291,7 +386,7 @@ def test_gate_up(ops: Ops, rng: np.random.Generator, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33])
-def test_down(ops: Ops, rng: np.random.Generator, num_tokens: int) -> None:
+def test_down(ops: Backend, rng: np.random.Generator, num_tokens: int) -> None:
     act_TF, bias_N = floats(rng, num_tokens, 43), floats(rng, 28)
     matrix, weight_NK = load(ops, rng, 28, 43)
     x = Stream(floats(rng, num_tokens, 28), poisoned(num_tokens, 28))
@@ -302,7 +397,7 @@ def test_down(ops: Ops, rng: np.random.Generator, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [[0], [16], [0, 3, 4, 15, 16], list(range(17))])
-def test_head(ops: Ops, rng: np.random.Generator, rows: list[int]) -> None:
+def test_head(ops: Backend, rng: np.random.Generator, rows: list[int]) -> None:
     x, sum_TD = stream(rng, 17, 28)
     norm = Norm(floats(rng, 28), 1e-6)
     matrix, weight_NK = load(ops, rng, 51, 28)
@@ -314,47 +409,68 @@ def test_head(ops: Ops, rng: np.random.Generator, rows: list[int]) -> None:
     assert np.array_equal(x.partial_TD, before.partial_TD), "head must leave the stream alone"
 
 
-def test_copy_blocks_reads_everything_before_it_writes(ops: Ops, rng: np.random.Generator) -> None:
-    kv_cache = floats(rng, 3, 2, 6, BLOCK, 2, 4)
-    before = kv_cache.copy()
-    ops.copy_blocks(kv_cache, np.array([[1, 2], [2, 3], [4, 1]], np.int32))
-    for destination, source in ((2, 1), (3, 2), (1, 4), (4, 4), (5, 5), (0, 0)):
-        assert np.array_equal(kv_cache[:, :, destination], before[:, :, source])
+def test_copy_blocks_reads_everything_before_it_writes(ops: Backend, rng: np.random.Generator) -> None:
+    kv_cache = rng.integers(-128, 128, (3, 2, 6, 2, BLOCK, 4)).astype(np.int8)
+    arrays = (kv_cache, floats(rng, 3, 2, 6, 2, BLOCK))
+    before = [array.copy() for array in arrays]
+    ops.copy_blocks(arrays, np.array([[1, 2], [2, 3], [4, 1]], np.int32))
+    for array, old in zip(arrays, before, strict=True):
+        for destination, source in ((2, 1), (3, 2), (1, 4), (4, 4), (5, 5), (0, 0)):
+            assert np.array_equal(array[:, :, destination], old[:, :, source])
 
 
 @pytest.mark.parametrize("num_cols", [33, 64])
 @pytest.mark.parametrize(
-    "name", ["float32", "float16", "bfloat16", "int8", "int8-g16", "int4-g32", "int4"]
+    "name",
+    [
+        *("float32", "float16", "bfloat16"),
+        *("int8", "int8-g16", "int8-g48", "int8-g32-min", "int8-g16-f32"),
+        *("int4", "int4-g16", "int4-g32", "int4-g32-min", "int4-g32-min-f32", "int4-g128"),
+    ],
 )
 def test_loaded_formats_multiply_as_their_values(
-    ops: Ops, rng: np.random.Generator, name: str, num_cols: int
+    ops: Backend, rng: np.random.Generator, name: str, num_cols: int
 ) -> None:
     fmt, values_NK = Format.parse(name), floats(rng, 21, num_cols)
     if fmt.is_dense:
-        arrays = {"data": values_NK.astype(DTYPES[name])}
-        exact_NK = arrays["data"].astype(np.float64)
+        values_NK = values_NK.astype(DTYPES[name])
+        arrays, exact_NK = pack_dense(values_NK), values_NK.astype(np.float64)
     else:
-        tensor = quantize(values_NK, fmt)
-        arrays = pack_rows(tensor)
-        exact_NK = naive_dequantize(tensor.q_NK, tensor.scale_NG, fmt)
+        tensor = quantised(values_NK, fmt)
+        arrays, exact_NK = pack_quantised(tensor), naive_dequantize(tensor)
     specs = array_specs(fmt, 21, num_cols)
     assert {key: (a.dtype, a.shape) for key, a in arrays.items()} == specs
-    matrix = ops.load_matrix(arrays, name, poisoned(21, num_cols))
+    matrix = load_packed(ops, arrays, name, (21, num_cols))
     act_TF = floats(rng, 17, num_cols)
-    x = Stream(poisoned(17, 21), poisoned(17, 21))
+    x = Stream(np.zeros((17, 21), np.float32), poisoned(17, 21))
     run(ops, lambda: ops.down(act_TF, Linear((matrix,)), x))
-    assert_close(x.partial_TD, act_TF.astype(np.float64) @ exact_NK.T)
+    assert_close(x.partial_TD, as_multiplied(act_TF, fmt, ops) @ exact_NK.T)
+    ids_T = np.array([20, 0, 15, 16], np.int32)
+    x = Stream(poisoned(4, num_cols), poisoned(4, num_cols))
+    run(ops, lambda: ops.embed(ids_T, Linear((matrix,)), x))
+    assert_close(x.partial_TD, exact_NK[ids_T], 1e-7)
 
 
-def naive_dequantize(q_NK: Array, scale_NG: Array, fmt: Format) -> Array:
-    out = np.empty(q_NK.shape)
-    for n, k in np.ndindex(*q_NK.shape):
+def quantised(x_NK: Array, fmt: Format) -> QuantTensor:
+    """Rounded to the format; with a minimum, which puna never makes itself, some integers."""
+    if not fmt.has_min:
+        return quantize(x_NK, fmt)
+    q_NK = (np.abs(x_NK) * 1000).astype(np.int64) % (fmt.q_range[1] + 1)
+    scale_NG = np.abs(x_NK[:, : fmt.num_groups(x_NK.shape[1])]).astype(DTYPES[fmt.scale_dtype])
+    return QuantTensor(fmt, q_NK.astype(np.uint8), scale_NG, -scale_NG * scale_NG)
+
+
+def naive_dequantize(tensor: QuantTensor) -> Array:
+    fmt, out = tensor.format, np.empty(tensor.q_NK.shape)
+    for n, k in np.ndindex(*out.shape):
         group = k // fmt.group_size if fmt.group_size else 0
-        out[n, k] = float(q_NK[n, k]) * float(scale_NG[n, group])
+        out[n, k] = float(tensor.q_NK[n, k]) * float(tensor.scale_NG[n, group])
+        if tensor.min_NG is not None:
+            out[n, k] += float(tensor.min_NG[n, group])
     return out
 
 
-def test_a_program_reads_its_arrays_when_it_runs(ops: Ops, rng: np.random.Generator) -> None:
+def test_a_program_reads_its_arrays_when_it_runs(ops: Backend, rng: np.random.Generator) -> None:
     matrix, weight_NK = load(ops, rng, 8, 12)
     act_TF = poisoned(2, 12)
     x = Stream(poisoned(2, 8), poisoned(2, 8))
@@ -366,7 +482,7 @@ def test_a_program_reads_its_arrays_when_it_runs(ops: Ops, rng: np.random.Genera
         assert_close(x.partial_TD, act_TF.astype(np.float64) @ weight_NK.T)
 
 
-def test_a_row_does_not_depend_on_its_company(ops: Ops, rng: np.random.Generator) -> None:
+def test_a_row_does_not_depend_on_its_company(ops: Backend, rng: np.random.Generator) -> None:
     """Bit for bit: any subset of rows gives the same results as all of them."""
     matrix, _ = load(ops, rng, 53, 75)
     act_TF = floats(rng, 40, 75)

@@ -1,0 +1,1 @@
+"""The cpu device: `puna.ops` recorded for the native library (`puna.native`), torch-free."""

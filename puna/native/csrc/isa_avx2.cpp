@@ -1,0 +1,3 @@
+#include "kernels_impl.h"
+
+const Kernels* avx2_kernels() { return &TABLE; }

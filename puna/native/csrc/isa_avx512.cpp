@@ -1,0 +1,3 @@
+#include "kernels_impl.h"
+
+const Kernels* avx512_kernels() { return &TABLE; }

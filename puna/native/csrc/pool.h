@@ -1,0 +1,73 @@
+// A pool of threads that run one job together: phase after phase, with barriers between.
+//
+// Within a job threads spin at barriers, and between jobs for a moment (a decode loop comes back at
+// once); after that they park and use no processor. The caller is thread 0.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+class Pool {
+ public:
+  explicit Pool(int num_threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int num_threads() const { return num_threads_; }
+
+  // Run job(thread) on every thread and return when all have ended. One job at a time; jobs must
+  // not throw.
+  void run(const std::function<void(int)>& job);
+
+  // Wait until every thread of the job has arrived. What was written before is seen after.
+  void barrier();
+
+  // Call work(first, last) for parts of [0, count), each number once, from whichever thread comes:
+  // every thread begins with a contiguous share, in steps of `grain`, and helps the others when it
+  // has done. At most once between two barriers.
+  template <class Work>
+  void share(int thread, int64_t count, int64_t grain, Work work) {
+    const int64_t steps = (count + grain - 1) / grain;
+    for (int i = 0; i < num_threads_; ++i) {
+      const int owner = (thread + i) % num_threads_;
+      const int64_t first = steps * owner / num_threads_, last = steps * (owner + 1) / num_threads_;
+      std::atomic<int64_t>& taken = cursors_[owner].taken;
+      for (;;) {
+        // Look before taking, so that the cursors of finished shares are only read.
+        if (first + taken.load(std::memory_order_relaxed) >= last) break;
+        const int64_t step = first + taken.fetch_add(1, std::memory_order_relaxed);
+        if (step >= last) break;
+        const int64_t stop = (step + 1) * grain;
+        work(step * grain, stop < count ? stop : count);
+      }
+    }
+  }
+
+ private:
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> taken{0};
+  };
+
+  void work(int thread);
+  void reset_cursors();
+
+  const int num_threads_;
+  std::unique_ptr<Cursor[]> cursors_;
+  const std::function<void(int)>* job_ = nullptr;
+  alignas(64) std::atomic<uint64_t> job_number_{0};
+  alignas(64) std::atomic<int> unfinished_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint64_t> barrier_number_{0};
+  std::atomic<int> parked_{0};
+  std::atomic<bool> is_ending_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+};

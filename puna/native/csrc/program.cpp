@@ -1,0 +1,513 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+// Rows of a GEMM whose results are kept in `Private::y` at a time; a multiple of the register tiles.
+constexpr int Y_ROWS = 48;
+// Tiles at a time where there is one row, at most, and bytes of weights that make a piece of work
+// worth handing out.
+constexpr int SINGLE_TILES = 16;
+constexpr int64_t SINGLE_BYTES = 32 * 1024;
+// Tiles at a time where there are more rows: the register tile's width (kernels_impl.h).
+constexpr int WIDE_TILES = 2;
+// Query rows (tokens x heads of one KV head) that attention takes at a time.
+constexpr int ATTEND_ROWS = 24;
+
+int64_t tiles_of(const Matrix& w) { return (w.n + TILE - 1) / TILE; }
+
+int64_t tile_bytes(const Matrix& w) {
+  const int64_t bits[] = {32, 16, 16, 8, 4};
+  return static_cast<int64_t>(w.k) * TILE * bits[w.kind] / 8;
+}
+
+int64_t total_tiles(const Linear& linear) {
+  int64_t total = 0;
+  for (int i = 0; i < linear.num_parts; ++i) total += tiles_of(linear.parts[i]);
+  return total;
+}
+
+// Pieces of [first, last) tiles of one part; `column` is where the part's rows begin in the output.
+template <class Work>
+void by_part(const Linear& linear, int64_t first, int64_t last, Work work) {
+  int64_t begin = 0, column = 0;
+  for (int i = 0; i < linear.num_parts; ++i) {
+    const Matrix& part = linear.parts[i];
+    const int64_t end = begin + tiles_of(part);
+    const int64_t from = std::max(first, begin), to = std::min(last, end);
+    if (from < to)
+      work(part, static_cast<int>(from - begin), static_cast<int>(to - begin), column);
+    begin = end;
+    column += part.n;
+  }
+}
+
+// Multiply rows [0, num_rows) by all tiles of `linear`, shared by the threads. emit(row, column,
+// count, values) is called for every run of results, bias added.
+template <class Emit>
+void project(Machine& machine, int thread, const Linear& linear, const Acts& acts, int num_rows,
+             Emit emit) {
+  const int64_t bytes = tile_bytes(linear.parts[0]);
+  const bool is_single = num_rows == 1;
+  const int64_t grain =
+      is_single ? std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes))
+                : WIDE_TILES;
+  float* const y = machine.privates[static_cast<size_t>(thread)].y;
+  const int64_t ld = grain * TILE;
+  machine.pool.share(thread, total_tiles(linear), grain, [&](int64_t first, int64_t last) {
+    by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
+      const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
+      const int64_t at = column + t0 * TILE;
+      for (int m0 = 0; m0 < num_rows; m0 += Y_ROWS) {
+        const int m1 = std::min(m0 + Y_ROWS, num_rows);
+        machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
+        for (int m = m0; m < m1; ++m) {
+          float* values = y + (m - m0) * ld;
+          if (linear.bias)
+            for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
+          emit(m, at, count, values);
+        }
+      }
+    });
+  });
+}
+
+// The activations that a projection reads: a row of this thread's own, or the shared rows.
+// prepare(row, acts, place) fills row `place` of `acts`.
+template <class Prepare>
+const Acts& prepared(Machine& machine, int thread, const Acts& shared, int num_rows,
+                     Prepare prepare) {
+  if (num_rows == 1) {
+    const Acts& own = machine.privates[static_cast<size_t>(thread)].acts;
+    prepare(0, own, 0);
+    return own;
+  }
+  machine.pool.share(thread, num_rows, 1, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      prepare(static_cast<int>(row), shared, static_cast<int>(row));
+  });
+  machine.pool.barrier();
+  return shared;
+}
+
+int64_t num_chunks(int context) { return (context + CONTEXT - 1) / CONTEXT; }
+
+}  // namespace
+
+Machine::Machine(int num_threads, const Kernels* table)
+    : pool(num_threads), kernels(table), privates(static_cast<size_t>(num_threads)) {}
+
+void Machine::reserve(int64_t cols, int head_dim) {
+  if (cols <= cols_ && head_dim <= head_dim_) return;
+  cols_ = std::max(cols_, (cols + PAD - 1) / PAD * PAD);
+  head_dim_ = std::max(head_dim_, head_dim);
+  const int64_t part_rows = 2 * ATTEND_ROWS * partial_size(head_dim_);
+  const int64_t y_size = Y_ROWS * WIDE_TILES * TILE;
+  static_assert(Y_ROWS * WIDE_TILES >= SINGLE_TILES, "one row of SINGLE_TILES must fit in y");
+  const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const int64_t floats[] = {cols_, cols_, y_size, ATTEND_ROWS * CONTEXT, part_rows};
+  const int64_t blocks = cols_ / 16;
+  int64_t total = 64;
+  for (int64_t n : floats) total += padded(4 * n);
+  total += padded(2 * cols_) + 2 * (padded(cols_) + 3 * padded(4 * blocks));
+  for (Private& own : privates) {
+    own.memory.assign(static_cast<size_t>(total), 0);
+    unsigned char* at = own.memory.data();
+    at += (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64;
+    const auto take = [&](int64_t bytes) {
+      unsigned char* taken = at;
+      at += padded(bytes);
+      return taken;
+    };
+    const auto take_floats = [&](int64_t n) { return reinterpret_cast<float*>(take(4 * n)); };
+    own.x = take_floats(cols_);
+    own.acts.stride = cols_;
+    own.acts.f = take_floats(cols_);
+    own.y = take_floats(y_size);
+    own.scores = take_floats(ATTEND_ROWS * CONTEXT);
+    own.parts = take_floats(part_rows);
+    own.acts.b = reinterpret_cast<uint16_t*>(take(2 * cols_));
+    for (int i = 0; i < 2; ++i) {
+      own.acts.q[i] = reinterpret_cast<int8_t*>(take(cols_));
+      own.acts.scale[i] = take_floats(blocks);
+      own.acts.sum[i] = take_floats(blocks);
+      own.acts.isum[i] = reinterpret_cast<int32_t*>(take(4 * blocks));
+    }
+  }
+}
+
+int Program::forms(const Linear& linear) const {
+  int found = 0;
+  for (int i = 0; i < linear.num_parts; ++i) {
+    const Matrix& w = linear.parts[i];
+    if (w.kind == FLOAT32 || w.kind == FLOAT16)
+      found |= AS_FLOAT;
+    else if (w.kind == BFLOAT16)
+      found |= machine_->kernels->has_bf16_dot ? AS_BF16 : AS_FLOAT;
+    else
+      found |= w.group % 32 == 0 ? AS_Q32 : AS_Q16;
+  }
+  return found;
+}
+
+void Program::embed(const int32_t* token_ids_T, const Linear& table, const Stream& x) {
+  Machine& m = *machine_;
+  add([=, &m](int thread) {
+    m.pool.share(thread, x.num_tokens, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        float* residual = x.residual_TD + t * x.hidden_size;
+        std::fill(residual, residual + x.hidden_size, 0.0f);
+        m.kernels->row(&table.parts[0], token_ids_T[t], x.partial_TD + t * x.hidden_size);
+      }
+    });
+    m.pool.barrier();
+  });
+}
+
+void Program::settle() {
+  if (!is_unsettled_) return;
+  is_unsettled_ = false;
+  Machine& m = *machine_;
+  const Stream x = unsettled_;
+  add([=, &m](int thread) {
+    const int64_t count = static_cast<int64_t>(x.num_tokens) * x.hidden_size;
+    m.pool.share(thread, count, 1024, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) x.residual_TD[i] += x.partial_TD[i];
+    });
+    m.pool.barrier();
+  });
+}
+
+void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const Rope& rope,
+                  const Batch& batch, const Cache& cache, float* q_TQ, int num_heads) {
+  settle();
+  Machine& m = *machine_;
+  m.reserve(std::max<int64_t>(x.hidden_size, cache.head_dim), cache.head_dim);
+  const Acts shared = scratch_.acts;
+  float* const kv_TX = scratch_.kv_TX;
+  const int wanted = forms(linear), num_tokens = x.num_tokens, head_dim = cache.head_dim;
+  const int64_t q_size = static_cast<int64_t>(num_heads) * head_dim;
+  const int64_t kv_size = static_cast<int64_t>(cache.num_kv_heads) * head_dim;
+  add([=, &m](int thread) {
+    const Kernels& k = *m.kernels;
+    float* const own = m.privates[static_cast<size_t>(thread)].x;
+    const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
+      float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size;
+      k.norm(residual, x.partial_TD + static_cast<int64_t>(row) * x.hidden_size, norm.weight_D,
+             norm.eps, x.hidden_size, own, num_tokens == 1 ? nullptr : residual);
+      k.convert(own, x.hidden_size, wanted, &a, at);
+    });
+    project(m, thread, linear, acts, num_tokens,
+            [&](int row, int64_t column, int count, const float* values) {
+              const int in_q = static_cast<int>(
+                  std::min<int64_t>(std::max<int64_t>(q_size - column, 0), count));
+              std::copy(values, values + in_q, q_TQ + row * q_size + column);
+              std::copy(values + in_q, values + count,
+                        kv_TX + row * 2 * kv_size + (column + in_q - q_size));
+            });
+    m.pool.barrier();
+    const int num_kv_heads = cache.num_kv_heads, heads = num_heads + 2 * num_kv_heads;
+    const auto finish_head = [&](int64_t row, int h) {
+      const int kv = h - num_heads;
+      const int64_t angle = static_cast<int64_t>(batch.positions_T[row]) * (head_dim / 2);
+      const float *cos = rope.cos_PE + angle, *sin = rope.sin_PE + angle;
+      if (kv < 0) {
+        float* head = q_TQ + row * q_size + static_cast<int64_t>(h) * head_dim;
+        k.rope(head, cos, sin, head_dim, own);
+        std::copy(own, own + head_dim, head);
+      } else if (kv < num_kv_heads) {
+        k.rope(kv_TX + row * 2 * kv_size + static_cast<int64_t>(kv) * head_dim, cos, sin, head_dim,
+               own);
+        k.store_key(&cache, kv, batch.slots_T[row], own);
+      } else {
+        k.store_value(&cache, kv - num_kv_heads, batch.slots_T[row],
+                      kv_TX + row * 2 * kv_size + static_cast<int64_t>(kv) * head_dim);
+      }
+    };
+    const int64_t count = static_cast<int64_t>(num_tokens) * heads;
+    m.pool.share(thread, count, num_tokens == 1 ? 1 : heads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) finish_head(i / heads, static_cast<int>(i % heads));
+    });
+    m.pool.barrier();
+  });
+  is_unsettled_ = num_tokens == 1;
+  unsettled_ = x;
+}
+
+namespace {
+
+// Where attention's work lies. Sequences with one query are cut along their context and leave a
+// partial result for each stretch; others are cut into groups of query rows, each of which goes
+// through its context by itself. Both add up the same numbers in the same order.
+struct AttentionWork {
+  const Kernels& k;
+  const Batch& batch;
+  const Cache& cache;
+  const float* q_TQ;
+  int num_heads;
+  float* attn_part;
+  int64_t max_chunks;
+  float* attended_TQ;
+  Private& own;
+
+  int shared_heads() const { return num_heads / cache.num_kv_heads; }
+  int queries(int s) const { return batch.query_start_S1[s + 1] - batch.query_start_S1[s]; }
+  int tokens_at_once() const { return std::max(1, ATTEND_ROWS / shared_heads()); }
+
+  int64_t pieces(int s) const {
+    const int n = queries(s);
+    const int64_t along = n == 1 ? num_chunks(batch.seq_lens_S[s])
+                                 : (n + tokens_at_once() - 1) / tokens_at_once();
+    return along * cache.num_kv_heads;
+  }
+
+  float* part(int s, int64_t chunk, int64_t head) const {
+    return attn_part +
+           ((s * max_chunks + chunk) * num_heads + head) * partial_size(cache.head_dim);
+  }
+
+  void run(int s, int64_t piece) {
+    const int h = static_cast<int>(piece % cache.num_kv_heads);
+    const int64_t along = piece / cache.num_kv_heads;
+    if (queries(s) == 1)
+      run_stretch(s, h, along);
+    else  // the last rows have the most to do: first things first
+      run_rows(s, h, pieces(s) / cache.num_kv_heads - 1 - along);
+  }
+
+  void run_stretch(int s, int h, int64_t chunk) {
+    const int row = batch.query_start_S1[s], shared = shared_heads();
+    const int start = static_cast<int>(chunk) * CONTEXT;
+    const int visible = std::min(CONTEXT, batch.seq_lens_S[s] - start);
+    for (int first = 0; first < shared; first += ATTEND_ROWS) {
+      const int count = std::min(ATTEND_ROWS, shared - first);
+      const float* q[ATTEND_ROWS];
+      int32_t sees[ATTEND_ROWS];
+      for (int r = 0; r < count; ++r) {
+        q[r] = head_of(row, h * shared + first + r);
+        sees[r] = visible;
+      }
+      attend(s, h, start, count, q, sees, part(s, chunk, h * shared + first));
+    }
+  }
+
+  void run_rows(int s, int h, int64_t along) {
+    const int shared = shared_heads(), head_dim = cache.head_dim, n = queries(s);
+    const int64_t size = partial_size(head_dim);
+    const int first = static_cast<int>(along) * tokens_at_once();
+    const int num_tokens = std::min(tokens_at_once(), n - first);
+    const int row0 = batch.query_start_S1[s] + first;
+    const int position0 = batch.seq_lens_S[s] - n + first;
+    float *const states = own.parts, *const parts = own.parts + ATTEND_ROWS * size;
+    // More query heads share a KV head than are taken at a time: take them in turns.
+    for (int g0 = 0; g0 < shared; g0 += ATTEND_ROWS) {
+      const int heads = std::min(ATTEND_ROWS, shared - g0), rows = num_tokens * heads;
+      const int context = position0 + num_tokens;
+      for (int start = 0; start < context; start += CONTEXT) {
+        const float* q[ATTEND_ROWS];
+        int32_t sees[ATTEND_ROWS];
+        int skipped = 0;  // rows of tokens before this stretch
+        for (int r = 0; r < rows; ++r) {
+          const int token = r / heads;
+          const int visible = std::min(CONTEXT, position0 + token + 1 - start);
+          if (visible <= 0) {
+            ++skipped;
+            continue;
+          }
+          q[r - skipped] = head_of(row0 + token, h * shared + g0 + r % heads);
+          sees[r - skipped] = visible;
+        }
+        attend(s, h, start, rows - skipped, q, sees, start ? parts : states);
+        for (int r = skipped; start && r < rows; ++r)
+          k.fold(states + r * size, parts + (r - skipped) * size, head_dim);
+      }
+      for (int r = 0; r < rows; ++r) {
+        const int64_t head = h * shared + g0 + r % heads;
+        k.finish(states + r * size, head_dim,
+                 attended_TQ + ((row0 + r / heads) * static_cast<int64_t>(num_heads) + head) * head_dim);
+      }
+    }
+  }
+
+  const float* head_of(int64_t row, int64_t head) const {
+    return q_TQ + (row * num_heads + head) * cache.head_dim;
+  }
+
+  void attend(int s, int h, int start, int rows, const float* const* q, const int32_t* visible,
+              float* out) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(cache.head_dim));
+    k.attend(&cache, h, batch.block_table_SM + static_cast<int64_t>(s) * batch.max_blocks, start,
+             rows, q, visible, scale, own.scores, out);
+  }
+
+  // The partial results of a sequence with one query, folded in order, into out[Q].
+  void combine(int s, float* out) const {
+    const int head_dim = cache.head_dim;
+    const int64_t chunks = num_chunks(batch.seq_lens_S[s]);
+    for (int h = 0; h < num_heads; ++h) {
+      float* state = own.parts;
+      std::copy(part(s, 0, h), part(s, 0, h) + partial_size(head_dim), state);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        k.fold(state, part(s, chunk, h), head_dim);
+      k.finish(state, head_dim, out + static_cast<int64_t>(h) * head_dim);
+    }
+  }
+};
+
+}  // namespace
+
+void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, const Cache& cache,
+                        const Linear& out, const Stream& x) {
+  Machine& m = *machine_;
+  const int64_t q_size = static_cast<int64_t>(num_heads) * cache.head_dim;
+  m.reserve(q_size, cache.head_dim);
+  const Scratch scratch = scratch_;
+  const int wanted = forms(out), num_tokens = x.num_tokens;
+  const bool settles = is_unsettled_;
+  is_unsettled_ = false;
+  add([=, &m](int thread) {
+    const Kernels& k = *m.kernels;
+    Private& own = m.privates[static_cast<size_t>(thread)];
+    AttentionWork work{k,         batch,
+                       cache,     q_TQ,
+                       num_heads, scratch.attn_part,
+                       scratch.max_chunks, scratch.attended_TQ,
+                       own};
+    int64_t total = 0;
+    for (int s = 0; s < batch.num_seqs; ++s) total += work.pieces(s);
+    m.pool.share(thread, total, 1, [&](int64_t piece, int64_t) {
+      int s = 0;
+      while (piece >= work.pieces(s)) piece -= work.pieces(s++);
+      work.run(s, piece);
+    });
+    m.pool.barrier();
+    const Acts& acts =
+        prepared(m, thread, scratch.acts, num_tokens, [&](int row, const Acts& a, int at) {
+          const int32_t* starts = batch.query_start_S1;
+          const int s = static_cast<int>(
+              std::upper_bound(starts, starts + batch.num_seqs + 1, row) - starts - 1);
+          const float* attended = scratch.attended_TQ + row * q_size;
+          if (work.queries(s) == 1) {
+            work.combine(s, own.x);
+            attended = own.x;
+          }
+          k.convert(attended, static_cast<int>(q_size), wanted, &a, at);
+        });
+    project(m, thread, out, acts, num_tokens,
+            [&](int row, int64_t column, int count, const float* values) {
+              float* partial = x.partial_TD + static_cast<int64_t>(row) * x.hidden_size + column;
+              float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size + column;
+              if (settles)
+                for (int i = 0; i < count; ++i) residual[i] += partial[i];
+              std::copy(values, values + count, partial);
+            });
+    m.pool.barrier();
+  });
+}
+
+void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, float* act_TF) {
+  settle();
+  Machine& m = *machine_;
+  m.reserve(x.hidden_size, 0);
+  const Acts shared = scratch_.acts;
+  const int wanted = forms(linear), num_tokens = x.num_tokens, ffn = linear.parts[0].n;
+  add([=, &m](int thread) {
+    const Kernels& k = *m.kernels;
+    Private& own = m.privates[static_cast<size_t>(thread)];
+    const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
+      float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size;
+      k.norm(residual, x.partial_TD + static_cast<int64_t>(row) * x.hidden_size, norm.weight_D,
+             norm.eps, x.hidden_size, own.x, num_tokens == 1 ? nullptr : residual);
+      k.convert(own.x, x.hidden_size, wanted, &a, at);
+    });
+    // Gate and up of the same columns are one piece of work.
+    const Matrix &gate = linear.parts[0], &up = linear.parts[1];
+    const bool is_single = num_tokens == 1;
+    const int64_t bytes = tile_bytes(gate) + tile_bytes(up);
+    const int64_t grain =
+        is_single ? std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes))
+                  : WIDE_TILES;
+    const int rows_at_once = is_single ? 1 : Y_ROWS / 2;
+    const int64_t ld = grain * TILE;
+    float *const y_gate = own.y, *const y_up = own.y + rows_at_once * ld;
+    m.pool.share(thread, tiles_of(gate), grain, [&](int64_t first, int64_t last) {
+      const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
+      const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
+      for (int m0 = 0; m0 < num_tokens; m0 += rows_at_once) {
+        const int m1 = std::min(m0 + rows_at_once, num_tokens);
+        k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
+        k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
+        for (int row = m0; row < m1; ++row) {
+          float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
+          if (linear.bias)
+            for (int i = 0; i < count; ++i) {
+              g[i] += linear.bias[column + i];
+              u[i] += linear.bias[ffn + column + i];
+            }
+          k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
+        }
+      }
+    });
+    m.pool.barrier();
+  });
+  is_unsettled_ = num_tokens == 1;
+  unsettled_ = x;
+}
+
+void Program::down(const float* act_TF, const Linear& linear, const Stream& x) {
+  Machine& m = *machine_;
+  const int ffn = linear.parts[0].k;
+  m.reserve(ffn, 0);
+  const Acts shared = scratch_.acts;
+  const int wanted = forms(linear), num_tokens = x.num_tokens;
+  const bool settles = is_unsettled_;
+  is_unsettled_ = false;
+  add([=, &m](int thread) {
+    const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
+      m.kernels->convert(act_TF + static_cast<int64_t>(row) * ffn, ffn, wanted, &a, at);
+    });
+    project(m, thread, linear, acts, num_tokens,
+            [&](int row, int64_t column, int count, const float* values) {
+              float* partial = x.partial_TD + static_cast<int64_t>(row) * x.hidden_size + column;
+              float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size + column;
+              if (settles)
+                for (int i = 0; i < count; ++i) residual[i] += partial[i];
+              std::copy(values, values + count, partial);
+            });
+    m.pool.barrier();
+  });
+}
+
+void Program::head(const Stream& x, const int32_t* rows_L, int num_rows, const Norm& norm,
+                   const Linear& linear, float* logits_LV, int64_t stride) {
+  settle();
+  Machine& m = *machine_;
+  m.reserve(x.hidden_size, 0);
+  const Acts shared = scratch_.acts;
+  const int wanted = forms(linear);
+  add([=, &m](int thread) {
+    const Kernels& k = *m.kernels;
+    float* const own = m.privates[static_cast<size_t>(thread)].x;
+    const Acts& acts = prepared(m, thread, shared, num_rows, [&](int row, const Acts& a, int at) {
+      const int64_t from = static_cast<int64_t>(rows_L[row]) * x.hidden_size;
+      k.norm(x.residual_TD + from, x.partial_TD + from, norm.weight_D, norm.eps, x.hidden_size, own,
+             nullptr);
+      k.convert(own, x.hidden_size, wanted, &a, at);
+    });
+    project(m, thread, linear, acts, num_rows,
+            [&](int row, int64_t column, int count, const float* values) {
+              std::copy(values, values + count, logits_LV + row * stride + column);
+            });
+    m.pool.barrier();
+  });
+}
+
+void Program::end() { settle(); }
+
+void Program::run() {
+  machine_->pool.run([this](int thread) {
+    for (const Op& op : ops_) op(thread);
+  });
+}
