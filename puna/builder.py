@@ -19,6 +19,8 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Protocol
 
+import numpy as np
+
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.engine import CONFIG_FILE, TOKENIZER_DIR, DummyRecipe, EngineConfig, Provenance
 from puna.errors import CheckpointError, ConfigError, TokenizerError
@@ -26,6 +28,7 @@ from puna.manifest import READ_BYTES, write_manifest
 from puna.memory import available_bytes, human_bytes
 from puna.output import check_output, finish, is_engine, workspace
 from puna.plan import BuildConfig, CheckpointFacts, plan
+from puna.quant import Array
 from puna.rank_file import RankFile, RankWeight, rank_file, rank_file_name, rank_weights
 from puna.shard import CHUNK_WEIGHTS, WeightSource, rank_rows
 from puna.tokenizer import load_tokenizer
@@ -233,7 +236,7 @@ def _write_ranks(
                     stored = layout.arrays[name]
                     row_bytes = stored.num_bytes // stored.shape[0]
                     assert rows.dtype == stored.dtype and rows[0].nbytes == row_bytes, name
-                    _write_at(descriptor, rows.tobytes(), stored.offset + first * row_bytes)
+                    _write_at(descriptor, _bytes(rows), stored.offset + first * row_bytes)
                     bar.add(rows.nbytes)
 
         with ThreadPoolExecutor(workers) as pool:
@@ -255,8 +258,11 @@ def _write_ranks(
             os.close(descriptor)
 
 
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
+def _bytes(array: Array) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written

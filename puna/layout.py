@@ -31,6 +31,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from puna.errors import EngineError
+from puna.native.packing import Packer, find_packer
 from puna.quant import DTYPES, Array, Format, QuantTensor, to_float32
 
 LayoutName = Literal["tiles"]
@@ -71,6 +72,11 @@ def pack_dense(x_NK: Array) -> dict[str, Array]:
     """Arrays of `array_specs` for rows of a matrix in the dtype that they are stored in."""
     num_rows, num_cols = x_NK.shape
     a_word = _WORD_BYTES // x_NK.dtype.itemsize
+    if packer := find_packer():
+        shape = (-(-num_rows // TILE), -(-num_cols // a_word), TILE)
+        out = np.empty(shape if a_word == 1 else (*shape, a_word), x_NK.dtype)
+        packer.pack(x_NK, out)
+        return {"data": out}
     shape = (-(-num_rows // TILE) * TILE, -(-num_cols // a_word) * a_word)
     if x_NK.shape != shape:
         padded_NK = np.zeros(shape, x_NK.dtype)
@@ -83,6 +89,8 @@ def pack_dense(x_NK: Array) -> dict[str, Array]:
 
 def pack_quantised(tensor: QuantTensor) -> dict[str, Array]:
     """Arrays of `array_specs` for rows of a quantised matrix."""
+    if packer := find_packer():
+        return _pack_natively(tensor, packer)
     fmt = tensor.format
     num_rows, num_cols = tensor.q_NK.shape
     shape = (-(-num_rows // TILE) * TILE, _padded_cols(num_cols))
@@ -99,6 +107,17 @@ def pack_quantised(tensor: QuantTensor) -> dict[str, Array]:
         "scale": _tiles(_pad_rows(tensor.scale_NG)),
     }
     return arrays if tensor.min_NG is None else {**arrays, "min": _tiles(_pad_rows(tensor.min_NG))}
+
+
+def _pack_natively(tensor: QuantTensor, packer: Packer) -> dict[str, Array]:
+    fmt = tensor.format
+    specs = array_specs(fmt, *tensor.q_NK.shape)
+    arrays = {suffix: np.empty(shape, dtype) for suffix, (dtype, shape) in specs.items()}
+    packer.pack_integers(tensor.q_NK, fmt.bits, fmt.has_min, arrays["q"])
+    packer.pack_scales(tensor.scale_NG, arrays["scale"])
+    if tensor.min_NG is not None:
+        packer.pack_scales(tensor.min_NG, arrays["min"])
+    return arrays
 
 
 def unpack_dense(arrays: dict[str, Array], num_rows: int, num_cols: int) -> Array:

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from puna.errors import ConfigError
+from puna.native.packing import find_packer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -189,12 +190,22 @@ def quantize(x_NK: Array, fmt: Format) -> QuantTensor:
     if fmt.has_min:
         raise ConfigError(f"puna does not quantise floats to {fmt.name}; use int8 or int4")
     num_rows, num_cols = x_NK.shape
+    if packer := find_packer():
+        q_NK, scale_NG = packer.quantize(
+            x_NK,
+            fmt.group_size,
+            2 ** (fmt.bits - 1) - 1,
+            fmt.num_groups(num_cols),
+            fmt.scale_dtype == "float32",
+        )
+        return QuantTensor(fmt, q_NK, scale_NG.astype(DTYPES[fmt.scale_dtype], copy=False))
     size = fmt.group_size or num_cols
     pad = fmt.num_groups(num_cols) * size - num_cols
     x_NK = np.ascontiguousarray(x_NK, dtype=np.float32)
     x_NGE = (np.pad(x_NK, ((0, 0), (0, pad))) if pad else x_NK).reshape(num_rows, -1, size)
     limit = 2 ** (fmt.bits - 1) - 1
-    largest_NG = np.maximum(x_NGE.max(axis=2), -x_NGE.min(axis=2))
+    # + 0: the largest of zeros is 0, never -0.
+    largest_NG = np.maximum(x_NGE.max(axis=2), -x_NGE.min(axis=2)) + np.float32(0)
     scale_NG = (largest_NG / np.float32(limit)).astype(DTYPES[fmt.scale_dtype])
     scale32_NG = scale_NG.astype(np.float32)
     inverse_NG = np.divide(1.0, scale32_NG, out=np.zeros_like(scale32_NG), where=scale32_NG > 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.cli.progress import byte_bar, token_bar
+from puna.cli.run import add_device_options, print_notice
 
 if TYPE_CHECKING:
     from puna.bench.latency import LatencyResult
@@ -55,8 +56,7 @@ def _add_latency(benches: Any, parent: argparse.ArgumentParser) -> None:
     add("--isl", type=int, default=128, metavar="N", help="tokens a prompt (default: %(default)s)")
     add("--osl", type=int, default=128, metavar="N", help="new tokens each (default: %(default)s)")
     add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    add("--device", default="auto", help="as for puna run (default: auto)")
+    add_device_options(parser)
     add("--kv-cache-bytes", type=int, metavar="N", help="default: what the engine planned")
     add("--json", action="store_true", help="one JSON object")
     parser.set_defaults(handler=latency)
@@ -78,6 +78,7 @@ def latency(args: argparse.Namespace) -> int:
             prefix_cache=False,
             progress=progress,
         )
+    print_notice(llm)
     with llm, token_bar("measuring") as progress:
         result = measure_latency(llm, run, progress)
     if args.json:

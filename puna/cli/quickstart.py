@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.cli.progress import byte_bar
-from puna.cli.run import show_stream
+from puna.cli.run import print_notice, show_stream
 from puna.errors import CheckpointError, ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def _load(engine: Path, source: str) -> LLM:
         start = time.perf_counter()
         llm = load()
     print(f"loaded and verified in {time.perf_counter() - start:.1f} s\n")
+    print_notice(llm)
     return llm
 
 
@@ -119,10 +120,7 @@ def _answer(llm: LLM, question: str) -> None:
     show_stream(timed())
     first, rest = times[0] - start, times[-1] - times[0]
     speed = f", then {(num_tokens - 1) / rest:.1f} tokens/s" if num_tokens > 1 and rest else ""
-    print(
-        f"\n{num_tokens} tokens: the first after {first:.2f} s{speed} (NumPy reference ops; a fast "
-        "CPU backend is the next release's)"
-    )
+    print(f"\n{num_tokens} tokens: the first after {first:.2f} s{speed}")
 
 
 def _build(source: str, engine: Path) -> None:

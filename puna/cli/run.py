@@ -85,8 +85,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Arguments of LLM; see `open_llm`."""
     group = parser.add_argument_group("engine")
     add = group.add_argument
-    add("--device", default="auto", help="auto or reference (default: auto)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    add_device_options(group)
     add("--kv-cache-bytes", type=int, metavar="N", help="default: what the engine planned")
     add("--tokenizer", metavar="DIR", help="in place of the engine's")
     add(
@@ -96,11 +95,30 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """What computes: --device and --threads."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cpu:INSTRUCTION_SET (cpu:avx2, cpu:portable, ...), or reference: NumPy, "
+        "slow and exact (default: auto)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"
+    )
+
+
+def print_notice(llm: LLM) -> None:
+    """Say, in a line on stderr, when the engine runs slower than it could."""
+    if llm.session is not None and llm.session.notice:
+        print(f"puna: {llm.session.notice}", file=sys.stderr)
+
+
 def open_llm(args: argparse.Namespace) -> LLM:
     from puna.llm import LLM
 
     with byte_bar("loading") as progress:
-        return LLM(
+        llm = LLM(
             args.engine,
             device=args.device,
             threads=args.threads,
@@ -109,6 +127,8 @@ def open_llm(args: argparse.Namespace) -> LLM:
             chat_template=_template(args.chat_template),
             progress=progress,
         )
+    print_notice(llm)
+    return llm
 
 
 def _template(text_or_file: str | None) -> str | None:

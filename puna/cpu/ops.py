@@ -92,11 +92,7 @@ class CpuOps:
         self.library = structs.declare(library)
         usable = instruction_sets(library)
         self.instruction_set = instruction_set or usable[0]
-        if self.instruction_set not in usable:
-            raise ConfigError(
-                f"instruction set {self.instruction_set!r} is not one that this machine runs: use "
-                f"one of {', '.join(usable)}"
-            )
+        assert self.instruction_set in usable, f"{self.instruction_set} is not one of {usable}"
         self.threads = threads or num_cores()
         self._machine = self.library.puna_machine_new(self.threads, self.instruction_set.encode())
         if not self._machine:

@@ -76,7 +76,7 @@ class Cache(Structure):
 
 
 class Acts(Structure):
-    """Rows of activations in several forms; of the pairs, the first has blocks of 32, the other 16."""
+    """Rows of activations in several forms; pairs are for blocks of 32 and of 16."""
 
     _fields_ = (
         ("stride", c_int64),

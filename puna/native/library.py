@@ -93,9 +93,7 @@ def _built_from(library: CDLL) -> str:
 def _sources_digest() -> str:
     """The digest of the sources beside this file, as CMakeLists.txt computes it; empty if there are
     none (an installed puna)."""
-    sources = sorted(
-        path for path in (_HERE / "csrc").glob("*") if path.suffix in (".cpp", ".h", ".inl")
-    )
+    sources = sorted(path for path in (_HERE / "csrc").glob("*") if path.suffix in (".cpp", ".h"))
     if not sources:
         return ""
     from hashlib import sha256

@@ -146,11 +146,14 @@ def _nucleus(z: Array, top_p: float) -> Array:
     `z` are log-probabilities up to a constant. Indices are ascending; of equals, the first is best.
     """
     total = np.exp(z).sum()
-    best = next(top for top in _tops(z) if np.exp(z[top]).sum() >= top_p * total)
-    best = best[np.argsort(-z[best], kind="stable")]
-    reached = np.cumsum(np.exp(z[best])) >= top_p * total
-    size = int(reached.argmax()) + 1 if reached.any() else len(best)
-    return np.sort(best[:size])
+    top = next(top for top in _tops(z) if np.exp(z[top]).sum() >= top_p * total)
+    descending = np.sort(z[top])[::-1]
+    reached = np.cumsum(np.exp(descending)) >= top_p * total
+    size = int(reached.argmax()) + 1 if reached.any() else len(top)
+    last = descending[size - 1]
+    above = np.flatnonzero(z > last)
+    ties = np.flatnonzero(z == last)[: size - len(above)]
+    return np.sort(np.concatenate((above, ties)))
 
 
 def _tops(x: Array) -> Iterator[Array]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from puna.batch import ForwardBatch
-from puna.cpu.ops import CpuOps
+from puna.cpu.ops import CpuOps, instruction_sets
 from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
 from puna.layout import ArraySpec
@@ -32,7 +32,7 @@ from puna.memory import (
 )
 from puna.models.llama.model import Activations
 from puna.native.library import find_library, why_missing
-from puna.ops import Ops, Program
+from puna.ops import Program
 from puna.ops.reference import ReferenceOps
 from puna.ops.sampling import sample
 from puna.quant import Array
@@ -64,8 +64,7 @@ class Session:
         engine_dir: Path,
         config: EngineConfig,
         rank: int,
-        device: Device,
-        instruction_set: str | None,
+        chosen: _Choice,
         num_blocks: int,
         stored: dict[str, Array],
         stored_bytes: int,
@@ -76,13 +75,14 @@ class Session:
         self.config = config
         self.num_blocks = num_blocks
         self.block_size = config.limits.block_size
-        self.device: Device = device
-        self._arrays = _allocate(workspace_specs(config, rank, device))
-        self._ops = _make_ops(device, instruction_set, threads, self._arrays)
+        self.device = chosen.device
+        self.notice = chosen.notice
+        self._arrays = _allocate(workspace_specs(config, rank, chosen.device))
+        self._ops = _make_ops(chosen, threads, self._arrays)
         self.threads = self._ops.threads
-        self.device_name = (
-            f"cpu:{self._ops.instruction_set}" if isinstance(self._ops, CpuOps) else device
-        )
+        self.device_name: str = chosen.device  # as --device takes it
+        if isinstance(self._ops, CpuOps):
+            self.device_name += f":{self._ops.instruction_set}"
         self._kv = _allocate(kv_cache_specs(config, rank, num_blocks))
         self._weight_bytes = stored_bytes
         self._model = bind_model(config, rank, self._ops, stored, self._arrays, self._kv, report)
@@ -108,9 +108,10 @@ class Session:
     ) -> Session:
         """Check an engine and bring one rank of it into memory.
 
+        `device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2").
         `max_batch_size` and `max_num_tokens` may lower the engine's limits; `threads` limits those
-        that compute (None: all CPUs) and those that check digests. `progress` is told the bytes
-        brought in (checked or generated, then unpacked) and their total. Raises EngineError or
+        that compute (None: physical cores) and those that check digests. `progress` is told the bytes brought in
+        (checked or generated, then bound to the model) and their total. Raises EngineError or
         LaunchError before anything large is allocated; a byte that differs from the manifest is
         found before this returns.
         """
@@ -123,7 +124,7 @@ class Session:
         # The small files first: what the config says is believed only if it is what was written.
         check_files(engine_dir, manifest, (), num_readers)
         digest = config.digest()
-        chosen, instruction_set = _choose_device(device, config)
+        chosen = _choose_device(device, config)
         if config.world_size != world_size:
             raise LaunchError(
                 f"Engine world size ({config.world_size}) != Runtime world size ({world_size}): "
@@ -134,7 +135,7 @@ class Session:
             raise LaunchError(f"rank {rank} is not between 0 and {world_size - 1}: start it as one")
         config = _lower_limits(config, max_batch_size, max_num_tokens)
         num_blocks = _num_blocks(config, rank, kv_cache_bytes)
-        _check_ram(config, rank, chosen, num_blocks)
+        _check_ram(config, rank, chosen.device, num_blocks)
         layout = rank_file(config, rank, digest)
         report = _meter(layout.num_bytes, progress)
         if config.dummy is not None:
@@ -147,7 +148,6 @@ class Session:
             config,
             rank,
             chosen,
-            instruction_set,
             num_blocks,
             stored,
             layout.num_bytes,
@@ -279,8 +279,17 @@ def _cached(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value])
     return cache[key]
 
 
-def _choose_device(device: str, config: EngineConfig) -> tuple[Device, str | None]:
-    """The device that runs, and the instruction set asked for ("cpu:avx2"); None is the best."""
+@dataclass(frozen=True)
+class _Choice:
+    """What runs the engine; `notice` tells the user, in a line, of something slower than usual."""
+
+    device: Device
+    instruction_set: str | None = None  # None: the best
+    notice: str = ""
+
+
+def _choose_device(device: str, config: EngineConfig) -> _Choice:
+    """`device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2")."""
     if config.target != "cpu":
         raise EngineError(
             f"the engine was built for {config.target}, this version of puna runs cpu engines: "
@@ -291,20 +300,30 @@ def _choose_device(device: str, config: EngineConfig) -> tuple[Device, str | Non
         raise EngineError(
             f"device {device!r} is not in this version of puna: use one of {', '.join(DEVICES)}"
         )
-    if name == "cpu" and find_library() is None:
-        raise EngineError(f"{why_missing()} (or run with --device reference, which is slow)")
-    if name == "reference" or find_library() is None:
-        return "reference", None
-    return "cpu", instruction_set or None
+    if name == "reference":
+        return _Choice("reference")
+    library = find_library()
+    if library is not None:
+        usable = instruction_sets(library)
+        if instruction_set and instruction_set not in usable:
+            raise EngineError(
+                f"{device}: this machine does not run {instruction_set!r}: use one of "
+                f"{', '.join(usable)}, or cpu alone for the best"
+            )
+        return _Choice("cpu", instruction_set or None)
+    if name == "cpu":
+        raise EngineError(f"{why_missing()} (or use --device reference, which is slow)")
+    return _Choice("reference", notice=f"running on NumPy, which is slow: {why_missing()}")
 
 
 def _make_ops(
-    device: Device, instruction_set: str | None, threads: int | None, arrays: dict[str, Array]
+    chosen: _Choice, threads: int | None, arrays: dict[str, Array]
 ) -> CpuOps | ReferenceOps:
-    library = find_library()
-    if device == "reference" or library is None:
+    if chosen.device == "reference":
         return ReferenceOps(threads)
-    return CpuOps(library, arrays, threads, instruction_set)
+    library = find_library()
+    assert library is not None, "chosen without a library"
+    return CpuOps(library, arrays, threads, chosen.instruction_set)
 
 
 def _allocate(specs: dict[str, ArraySpec]) -> dict[str, Array]:

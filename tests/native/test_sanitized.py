@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 KINDS = ("address,undefined", "thread")
+
+pytestmark = pytest.mark.slow
 FAULTS = """
 #include <thread>
 extern "C" int beyond(int n) {
@@ -31,17 +33,14 @@ extern "C" int race(int n) {
 
 @pytest.fixture(scope="module")
 def faulty(
-    sanitized_library: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    sanitized_compiler: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """faulty(kind): a library with the faults above, built as libpuna was."""
+    """faulty(kind): a library with the faults above, built with the libpuna's sanitizers."""
 
     def build(kind: str) -> Path:
-        cache = (sanitized_library(kind).parent / "build" / "CMakeCache.txt").read_text()
-        line = next(line for line in cache.splitlines() if line.startswith("CMAKE_CXX_COMPILER:"))
         folder = tmp_path_factory.mktemp("faulty")
         (folder / "faults.cpp").write_text(FAULTS)
-        options = ["-shared", "-fPIC", "-g", f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
-        command = [line.partition("=")[2], *options, str(folder / "faults.cpp"), "-o"]
+        command = [*sanitized_compiler(kind), "-shared", "-fPIC", str(folder / "faults.cpp"), "-o"]
         subprocess.run([*command, str(folder / "faults.so")], check=True)
         return folder / "faults.so"
 

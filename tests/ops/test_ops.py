@@ -54,7 +54,9 @@ def assert_close(found: Array, expected: Array, tolerance: float = TOLERANCE) ->
     assert error <= tolerance, error
 
 
-def load(ops: Backend, rng: np.random.Generator, num_rows: int, num_cols: int) -> tuple[object, Array]:
+def load(
+    ops: Backend, rng: np.random.Generator, num_rows: int, num_cols: int
+) -> tuple[object, Array]:
     """A float32 matrix as the backend wants it, and its values in float64."""
     x_NK = floats(rng, num_rows, num_cols) / np.float32(num_cols**0.5)
     return load_float32(ops, x_NK), x_NK.astype(np.float64)
@@ -409,7 +411,9 @@ def test_head(ops: Backend, rng: np.random.Generator, rows: list[int]) -> None:
     assert np.array_equal(x.partial_TD, before.partial_TD), "head must leave the stream alone"
 
 
-def test_copy_blocks_reads_everything_before_it_writes(ops: Backend, rng: np.random.Generator) -> None:
+def test_copy_blocks_reads_everything_before_it_writes(
+    ops: Backend, rng: np.random.Generator
+) -> None:
     kv_cache = rng.integers(-128, 128, (3, 2, 6, 2, BLOCK, 4)).astype(np.int8)
     arrays = (kv_cache, floats(rng, 3, 2, 6, 2, BLOCK))
     before = [array.copy() for array in arrays]

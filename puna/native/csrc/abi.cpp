@@ -127,17 +127,16 @@ PUNA_API int puna_program_run(Program* program) {
   return succeeds([&] { program->run(); });
 }
 
-PUNA_API void puna_pack_dense(const void* x, int kind, int64_t num_rows, int64_t num_cols,
-                              void* out) {
-  pack_dense(x, static_cast<MatrixKind>(kind), num_rows, num_cols, out);
+PUNA_API void puna_pack_words(const void* x, int64_t num_rows, int64_t row_bytes,
+                              int64_t num_words, void* out) {
+  pack_words(x, num_rows, row_bytes, num_words, out);
 }
 PUNA_API void puna_pack_integers(const void* q, int bits, int has_min, int64_t num_rows,
-                                 int64_t num_cols, uint8_t* out) {
+                                 int64_t num_cols, void* out) {
   pack_integers(q, bits, has_min != 0, num_rows, num_cols, out);
 }
-PUNA_API void puna_pack_scales(const void* x, int size, int64_t num_rows, int64_t num_groups,
-                               void* out) {
-  pack_scales(x, size, num_rows, num_groups, out);
+PUNA_API void puna_pack_halves(const void* x, int64_t num_rows, int64_t num_cols, void* out) {
+  pack_halves(x, num_rows, num_cols, out);
 }
 
 // Float32 rows to int8 numbers and float32 scales, as puna.quant.quantize.

@@ -6,12 +6,12 @@
 
 #include "kernels.h"
 
-// Rows of float32, float16 or bfloat16 (MatrixKind), `ld` elements apart.
-void pack_dense(const void* x, MatrixKind kind, int64_t num_rows, int64_t num_cols, void* out);
+// Rows of `row_bytes` bytes into tiles of `num_words` four-byte words a row.
+void pack_words(const void* x, int64_t num_rows, int64_t row_bytes, int64_t num_words, void* out);
 
-// Integers, one a byte: signed without minimum, unsigned with one.
+// Integers, one a byte: signed without a minimum, unsigned with one.
 void pack_integers(const void* q, int bits, bool has_min, int64_t num_rows, int64_t num_cols,
-                   uint8_t* out);
+                   void* out);
 
-// Scales or minima [num_rows, num_groups] of `size` bytes each.
-void pack_scales(const void* x, int size, int64_t num_rows, int64_t num_groups, void* out);
+// Two-byte numbers [num_rows, num_cols], each a word of its own: [tiles, num_cols, 16].
+void pack_halves(const void* x, int64_t num_rows, int64_t num_cols, void* out);
