@@ -150,7 +150,7 @@ class CpuOps:
         program = self._recording(token_ids_T, table, x)
         self._check(
             self.library.puna_program_embed(
-                program, _pointer(token_ids_T), _linear(table), _stream(x)
+                program, _pointer(token_ids_T), _linear(table, self._scratch), _stream(x)
             )
         )
 
@@ -171,7 +171,7 @@ class CpuOps:
                 program,
                 _stream(x),
                 _norm(norm),
-                _linear(linear),
+                _linear(linear, self._scratch),
                 structs.Rope(_pointer(rope.cos_PE), _pointer(rope.sin_PE)),
                 _batch(batch),
                 _cache(cache),
@@ -191,7 +191,7 @@ class CpuOps:
                 q_TQ.shape[1] // cache.values_NKPE.shape[3],
                 _batch(batch),
                 _cache(cache),
-                _linear(out),
+                _linear(out, self._scratch),
                 _stream(x),
             )
         )
@@ -201,14 +201,16 @@ class CpuOps:
         program = self._recording(x, norm, linear, act_TF)
         self._check(
             self.library.puna_program_gate_up(
-                program, _stream(x), _norm(norm), _linear(linear), _pointer(act_TF)
+                program, _stream(x), _norm(norm), _linear(linear, self._scratch), _pointer(act_TF)
             )
         )
 
     def down(self, act_TF: Array, linear: Linear, x: Stream) -> None:
         program = self._recording(act_TF, linear, x)
         self._check(
-            self.library.puna_program_down(program, _pointer(act_TF), _linear(linear), _stream(x))
+            self.library.puna_program_down(
+                program, _pointer(act_TF), _linear(linear, self._scratch), _stream(x)
+            )
         )
 
     def head(self, x: Stream, rows_L: Array, norm: Norm, linear: Linear, logits_LV: Array) -> None:
@@ -220,7 +222,7 @@ class CpuOps:
                 _pointer(rows_L),
                 len(rows_L),
                 _norm(norm),
-                _linear(linear),
+                _linear(linear, self._scratch),
                 _pointer(logits_LV),
                 logits_LV.shape[1],
             )
@@ -231,6 +233,9 @@ class CpuOps:
 
     def _recording(self, *arguments: Any) -> int:
         """The handle of the program being recorded, which keeps the operation's arrays alive."""
+        num_rows = len(self._scratch_arrays["attended_TQ"])
+        streams = (argument for argument in arguments if isinstance(argument, Stream))
+        assert all(len(x.residual_TD) <= num_rows for x in streams), "scratch has too few rows"
         assert self._program is not None, "operations are called inside record() only"
         self._program.keep += arguments
         return self._program.handle
@@ -253,8 +258,9 @@ def _pointer(array: Array | None) -> int | None:
     return array.ctypes.data
 
 
-def _linear(linear: Linear) -> structs.Linear:
+def _linear(linear: Linear, scratch: structs.Scratch) -> structs.Linear:
     parts: list[Packed] = list(linear.weights)
+    assert all(part.matrix.k <= scratch.acts.stride for part in parts), "scratch is too narrow"
     matrices = (structs.Matrix * 3)(*(part.matrix for part in parts))
     return structs.Linear(len(parts), matrices, _pointer(linear.bias_N))
 

@@ -24,7 +24,7 @@ def cpu_ops(instruction_set: str | None = None, threads: int = 2) -> CpuOps:
         num_tokens=300,
         num_seqs=16,
         max_seq_len=1024,
-        num_inputs=700,
+        num_inputs=1000,
         num_heads=12,
         num_kv_heads=6,
         head_dim=80,
