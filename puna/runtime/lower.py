@@ -20,6 +20,12 @@ from puna.quant import Array
 from puna.runtime.request import SamplingParams, TokenLogprob
 from puna.runtime.step import Join, PromptLogits, StepPlan, StepResult
 
+
+def _constant(array: Array) -> Array:
+    array.setflags(write=False)
+    return array
+
+
 _PARAMS = np.dtype(
     [
         ("temperature", np.float32),
@@ -35,6 +41,8 @@ _PARAMS = np.dtype(
     ]
 )
 _ONE = np.int32(1)
+_NO_COPIES = _constant(np.zeros((0, 2), np.int32))
+_NO_PAIRS = (_constant(np.zeros(0, np.int32)),) * 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class LoweredStep:
     def sample_logits(self, logits_LV: Array) -> Array:
         """Pick the rows that are sampled from all the logits that the step computed."""
         return logits_LV if self.sample_rows is None else logits_LV[self.sample_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What stays the same from one decode step to the next while no sequence joins or leaves."""
+
+    rows: Array
+    query_start_S1: Array
+    logits_rows_L: Array
+    params: Array
 
 
 class Lowering:
@@ -80,11 +98,14 @@ class Lowering:
         self._prompt_logits: set[int] = set()  # rows
         # Tokens that sequences with penalties have: by row, token id to times generated.
         self._seen: dict[int, dict[int, int]] = {}
+        self._decoding: _Decoding | None = None
 
     def lower(self, plan: StepPlan) -> LoweredStep:
         """Apply a plan to the mirror and return its step."""
         if plan.reset:
             self._clear()
+        if plan.left or plan.joined or plan.prefills:
+            self._decoding = None
         if plan.left:
             self._leave(plan.left)
         for join in plan.joined:
@@ -157,26 +178,30 @@ class Lowering:
 
         Most steps are of this kind, and Python's share of them is to be small.
         """
-        rows = self._order[self._is_decoding_R[self._order]]
+        if self._decoding is None:
+            rows = self._order[self._is_decoding_R[self._order]]
+            starts = np.arange(len(rows) + 1, dtype=np.int32)
+            self._decoding = _Decoding(rows, starts, starts[:-1], self._params_R[rows])
+        same = self._decoding
+        rows = same.rows
         positions_T = self._num_computed_R[rows]
         seq_lens_S = positions_T + _ONE
         blocks_T = positions_T // self.block_size
         slots_T = self._block_table_RM[rows, blocks_T] * self.block_size
         slots_T += positions_T - blocks_T * self.block_size
-        query_start_S1 = np.arange(len(rows) + 1, dtype=np.int32)
         num_blocks = 1 + max(blocks_T.tolist())
         step = LoweredStep(
             batch=ForwardBatch(
                 token_ids_T=self._last_token_R[rows],
                 positions_T=positions_T,
                 slots_T=slots_T,
-                query_start_S1=query_start_S1,
+                query_start_S1=same.query_start_S1,
                 seq_lens_S=seq_lens_S,
                 block_table_SM=self._block_table_RM[rows, :num_blocks],
-                logits_rows_L=query_start_S1[:-1],
+                logits_rows_L=same.logits_rows_L,
             ),
-            sampling=self._sampling(rows, seq_lens_S),
-            copies_C2=np.array(plan.copies, np.int32).reshape(-1, 2),
+            sampling=self._sampling(rows, same.params, seq_lens_S),
+            copies_C2=_copies(plan),
             sample_rows=None,
             prompt_rows=(),
             rows=rows,
@@ -229,8 +254,8 @@ class Lowering:
         rows = rows_S[has_caught_up_S]
         step = LoweredStep(
             batch=batch,
-            sampling=self._sampling(rows, seq_lens_S[has_caught_up_S]),
-            copies_C2=np.array(plan.copies, np.int32).reshape(-1, 2),
+            sampling=self._sampling(rows, self._params_R[rows], seq_lens_S[has_caught_up_S]),
+            copies_C2=_copies(plan),
             sample_rows=sample_rows,
             prompt_rows=prompt_rows,
             rows=rows,
@@ -272,17 +297,8 @@ class Lowering:
         )
         return np.flatnonzero(is_wanted_T), row_of_T[last_rows_S[has_caught_up_S]], prompt_rows
 
-    def _sampling(self, rows: Array, positions: Array) -> SamplingBatch:
-        params = self._params_R[rows]
-        seen_rows: list[int] = []
-        seen_ids: list[int] = []
-        seen_counts: list[int] = []
-        if self._seen:
-            for i, row in enumerate(rows.tolist()):
-                if seen := self._seen.get(row):
-                    seen_rows += [i] * len(seen)
-                    seen_ids += seen.keys()
-                    seen_counts += seen.values()
+    def _sampling(self, rows: Array, params: Array, positions: Array) -> SamplingBatch:
+        seen_rows, seen_ids, seen_counts = self._seen_pairs(rows) if self._seen else _NO_PAIRS
         return SamplingBatch(
             temperature_L=params["temperature"],
             top_k_L=params["top_k"],
@@ -295,10 +311,30 @@ class Lowering:
             stream_L=params["stream"],
             position_L=positions.astype(np.uint32),
             num_logprobs_L=params["num_logprobs"],
-            seen_rows_C=np.array(seen_rows, np.int32),
-            seen_ids_C=np.array(seen_ids, np.int32),
-            seen_counts_C=np.array(seen_counts, np.int32),
+            seen_rows_C=seen_rows,
+            seen_ids_C=seen_ids,
+            seen_counts_C=seen_counts,
         )
+
+    def _seen_pairs(self, rows: Array) -> tuple[Array, Array, Array]:
+        """Of rows with penalties: (index of the row, token id, how often it was generated)."""
+        seen_rows: list[int] = []
+        seen_ids: list[int] = []
+        seen_counts: list[int] = []
+        for i, row in enumerate(rows.tolist()):
+            if seen := self._seen.get(row):
+                seen_rows += [i] * len(seen)
+                seen_ids += seen.keys()
+                seen_counts += seen.values()
+        return (
+            np.array(seen_rows, np.int32),
+            np.array(seen_ids, np.int32),
+            np.array(seen_counts, np.int32),
+        )
+
+
+def _copies(plan: StepPlan) -> Array:
+    return np.array(plan.copies, np.int32).reshape(-1, 2) if plan.copies else _NO_COPIES
 
 
 def _params_row(params: SamplingParams, seed: int, stream: int) -> tuple:

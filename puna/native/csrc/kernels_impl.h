@@ -21,10 +21,12 @@ constexpr int Q8_ROWS = 2, Q4_ROWS = 2, DENSE_ROWS = 6, TILES = 1, HEAD_ROWS = 3
 #else
 constexpr int Q8_ROWS = 1, Q4_ROWS = 1, DENSE_ROWS = 2, TILES = 1, HEAD_ROWS = 2, HEAD_VECS = 1;
 #endif
-// How far ahead of its use a weight is fetched where each is used once (4 KiB: Zen 5, 2026-11).
+// Where each integer weight is used once it is fetched this far ahead, into L2: 14 % faster than into L1
+// for 8 bits, 2 % for 4, and 3 to 15 % faster than not at all. Floating-point weights are read from
+// four tiles at a time instead (2 threads of a Zen 4, 2026-11; benchmarks/NOTES.md).
 constexpr int PREFETCH = 4096;
 
-PUNA_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+PUNA_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- rows ---------------------------------------------------------------------------------------
 
@@ -57,6 +59,9 @@ PUNA_INLINE F16 columns(const float* x, int i, int k) {
   return i < k ? load_part(x + i, k - i) : splat(0);
 }
 
+// Magnitudes below this count as 0: the inverse of their scale would overflow.
+constexpr float TINY = 1e-30f;
+
 template <int BLOCK_COLS>
 void quantize_row(const float* x, int k, int8_t* q, float* scale, float* scaled_sum,
                   int32_t* isum) {
@@ -70,16 +75,17 @@ void quantize_row(const float* x, int k, int8_t* q, float* scale, float* scaled_
       most = max(most, abs(v[j]));
     }
     float m = largest(most);
-    F16 inverse = splat(m > 0 ? 127.0f / m : 0.0f);
-    int32_t total = 0;
+    F16 inverse = splat(m > TINY ? 127.0f / m : 0.0f);
+    I16 total = splat_int(0);
     for (int j = 0; j < N; ++j) {
       I16 rounded = round_to_int(mul(v[j], inverse));
       store_i8(q + i + j * LANES, rounded);
-      total += sum(rounded);
+      total = add(total, rounded);
     }
+    const int32_t sum_q = sum(total);
     scale[b] = m / 127.0f;
-    scaled_sum[b] = scale[b] * (float)total;
-    isum[b] = -8 * total;
+    scaled_sum[b] = scale[b] * (float)sum_q;
+    isum[b] = -8 * sum_q;
   }
 }
 
@@ -162,7 +168,7 @@ struct Float32 {
 // bfloat16; elsewhere, and for float16, both become float32.
 template <bool IS_BF16>
 struct Pairs {
-  static constexpr int ROWS = DENSE_ROWS, SINGLE = 2;
+  static constexpr int ROWS = DENSE_ROWS, SINGLE = 4;
 
   template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
@@ -177,9 +183,7 @@ struct Pairs {
     for (int j = 0; j < pairs; ++j) {
       I16 b[NT];
       for (int n = 0; n < NT; ++n) {
-        const uint16_t* at = p + n * next + (int64_t)j * 2 * TILE;
-        if (MT == 1) fetch((const char*)at + PREFETCH);
-        b[n] = load_bytes(at);
+        b[n] = load_bytes(p + n * next + (int64_t)j * 2 * TILE);
       }
 #if defined(PUNA_VNNI)
       if (IS_BF16) {
@@ -465,7 +469,7 @@ PUNA_INLINE void store_head(const float* x, int head_dim, float* scale, Put put)
   if (KIND == CACHE_INT8) {
     float most = largest_of(x, head_dim);
     *scale = most / 127.0f;
-    factor = splat(most > 0 ? 127.0f / most : 0.0f);
+    factor = splat(most > TINY ? 127.0f / most : 0.0f);
   }
   for (int i = 0; i < head_dim; i += LANES) {
     int n = head_dim - i < LANES ? head_dim - i : LANES;
@@ -545,55 +549,56 @@ PUNA_INLINE void score(const Cache& c, int h, const int32_t* blocks, const float
   }
 }
 
-// Weighted sums of the values, columns [first, first + 16 V), position after position. Positions from
-// `common` on are not seen by every row.
-template <int KIND, int R, int V>
-PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, int common,
-                       const int32_t* visible, const float* scores, int first, float* out) {
+// 16 columns of a value, from `first` on; those beyond head_dim are zero.
+template <int KIND, bool IS_WHOLE>
+PUNA_INLINE F16 value_at(const typename Stored<KIND>::Type* value, int first, int head_dim) {
+  if (IS_WHOLE || first + LANES <= head_dim) return Stored<KIND>::get(value + first);
+  typename Stored<KIND>::Type a[LANES] = {};
+  if (first < head_dim) memcpy(a, value + first, sizeof a[0] * (size_t)(head_dim - first));
+  return Stored<KIND>::get(a);
+}
+
+// out[r] = the values' sum weighted by scores[r], columns [first, first + 16 V), position after
+// position. All rows see the first visible[0] positions, later ones only some: those are added row
+// by row.
+template <int KIND, int R, int V, bool IS_WHOLE>
+PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32_t* visible,
+                       const float* scores, int first, float* out) {
   typedef typename Stored<KIND>::Type Type;
-  const int head_dim = c.head_dim;
-  const bool is_whole = first + V * LANES <= head_dim;
+  const int head_dim = c.head_dim, common = visible[0];
+  const int64_t size = partial_size(head_dim);
+  const auto values_of = [&](int position) {
+    const int64_t block = blocks[position / BLOCK];
+    return (const Type*)c.values_NKPE +
+           ((block * c.num_kv_heads + h) * BLOCK + position % BLOCK) * head_dim;
+  };
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) f[r][v] = splat(0);
-  const int last = visible[R - 1];
-  for (int j0 = 0; j0 < last; j0 += BLOCK) {
-    const Type* value = (const Type*)c.values_NKPE +
-                        ((int64_t)blocks[j0 / BLOCK] * c.num_kv_heads + h) * BLOCK * head_dim + first;
-    const int stop = last - j0 < BLOCK ? last - j0 : BLOCK;
+  for (int j0 = 0; j0 < common; j0 += BLOCK) {
+    const Type* value = values_of(j0);
+    const int stop = common - j0 < BLOCK ? common - j0 : BLOCK;
     for (int j = 0; j < stop; ++j, value += head_dim) {
       F16 x[V];
-      for (int v = 0; v < V; ++v) {
-        if (is_whole) {
-          x[v] = Stored<KIND>::get(value + v * LANES);
-        } else {
-          Type a[LANES] = {};
-          int n = head_dim - first - v * LANES;
-          if (n > 0) memcpy(a, value + v * LANES, sizeof(Type) * (size_t)(n < LANES ? n : LANES));
-          x[v] = Stored<KIND>::get(a);
-        }
-      }
-      if (j0 + j < common) {
-        for (int r = 0; r < R; ++r) {
-          F16 p = splat(scores[r * CONTEXT + j0 + j]);
-          for (int v = 0; v < V; ++v) f[r][v] = fma(x[v], p, f[r][v]);
-        }
-      } else {  // a position that the first rows do not see: leave them as they are
-        for (int r = 0; r < R; ++r) {
-          if (j0 + j >= visible[r]) continue;
-          F16 p = splat(scores[r * CONTEXT + j0 + j]);
-          for (int v = 0; v < V; ++v) f[r][v] = fma(x[v], p, f[r][v]);
-        }
+      for (int v = 0; v < V; ++v) x[v] = value_at<KIND, IS_WHOLE>(value, first + v * LANES, head_dim);
+      for (int r = 0; r < R; ++r) {
+        F16 p = splat(scores[r * CONTEXT + j0 + j]);
+        for (int v = 0; v < V; ++v) f[r][v] = fma(x[v], p, f[r][v]);
       }
     }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
-      int n = head_dim - first - v * LANES;
-      if (n >= LANES)
-        store(out + r * partial_size(head_dim) + first + v * LANES, f[r][v]);
-      else if (n > 0)
-        store_part(out + r * partial_size(head_dim) + first + v * LANES, f[r][v], n);
+      const int at = first + v * LANES;
+      if (!IS_WHOLE && at >= head_dim) continue;
+      F16 total = f[r][v];
+      for (int j = common; j < visible[r]; ++j)
+        total = fma(value_at<KIND, IS_WHOLE>(values_of(j), at, head_dim),
+                    splat(scores[r * CONTEXT + j]), total);
+      if (IS_WHOLE || at + LANES <= head_dim)
+        store(out + r * size + at, total);
+      else
+        store_part(out + r * size + at, total, head_dim - at);
     }
 }
 
@@ -630,9 +635,12 @@ __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t*
         store(s + i, mul(load(s + i), load(scales)));
       }
   }
-  const int common = visible[0];
-  for (int first = 0; first < c.head_dim; first += HEAD_VECS * LANES)
-    weigh<KIND, R, HEAD_VECS>(c, h, blocks, common, visible, scores, first, out);
+  constexpr int STEP = HEAD_VECS * LANES;
+  int first = 0;
+  for (; first + STEP <= c.head_dim; first += STEP)
+    weigh<KIND, R, HEAD_VECS, true>(c, h, blocks, visible, scores, first, out);
+  if (first < c.head_dim)
+    weigh<KIND, R, HEAD_VECS, false>(c, h, blocks, visible, scores, first, out);
 }
 
 template <int KIND>

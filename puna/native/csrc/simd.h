@@ -77,6 +77,9 @@ PUNA_INLINE void vstore_i8(int8_t* p, VI x) {
 }
 PUNA_INLINE VF veven_bf16(VI x) { return vbits(vishl(x, 16)); }
 PUNA_INLINE VF vodd_bf16(VI x) { return vbits(_mm512_and_si512(x, visplat((int)0xffff0000))); }
+PUNA_INLINE float vsum(VF x) { return _mm512_reduce_add_ps(x); }
+PUNA_INLINE int32_t visum(VI x) { return _mm512_reduce_add_epi32(x); }
+PUNA_INLINE float vlargest(VF x) { return _mm512_reduce_max_ps(x); }
 PUNA_INLINE VF veven_half(VI x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 PUNA_INLINE VF vodd_half(VI x) { return veven_half(_mm512_srli_epi32(x, 16)); }
 PUNA_INLINE VI vlow4(VI x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
@@ -423,26 +426,38 @@ PUNA_INLINE float lane0(F16 x) {
   return a[0];
 }
 
-// The order of these two is fixed: lanes i and i + 8, then i and i + 4, ...
+// The order of a sum is fixed: lanes i and i + 8, then i and i + 4, ...
 PUNA_INLINE float sum(F16 x) {
+#if defined(PUNA_AVX512)
+  return vsum(x.v[0]);
+#else
   float a[LANES];
   store(a, x);
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; ++i) a[i] += a[i + half];
   return a[0];
+#endif
 }
 PUNA_INLINE int32_t sum(I16 x) {
+#if defined(PUNA_AVX512)
+  return visum(x.v[0]);
+#else
   int32_t a[LANES], total = 0;
   memcpy(a, &x, sizeof a);
   for (int i = 0; i < LANES; ++i) total += a[i];
   return total;
+#endif
 }
-PUNA_INLINE float largest(F16 x) {  // NaN if any lane is
+PUNA_INLINE float largest(F16 x) {  // a NaN among the lanes may get lost
+#if defined(PUNA_AVX512)
+  return vlargest(x.v[0]);
+#else
   float a[LANES];
   store(a, x);
-  float m = a[0];
-  for (int i = 1; i < LANES; ++i) m = a[i] > m || a[i] != a[i] ? a[i] : m;
-  return m;
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+  return a[0];
+#endif
 }
 
 // The first n of 16 elements, and zeros: reads and writes nothing beyond them.
