@@ -58,6 +58,12 @@ struct Cache {
   float* value_scales_NKP;
 };
 
+// CONTEXT positions of one KV head: as many blocks from here on in a block table.
+struct Stretch {
+  const int32_t* blocks;
+  int h;
+};
+
 // What one row of attention over one stretch of context leaves: the largest score, the sum of
 // exponentials, and the weighted values [E].
 inline int64_t partial_size(int head_dim) { return head_dim + 2; }
@@ -85,10 +91,11 @@ struct Kernels {
   void (*store_value)(const Cache* cache, int h, int slot, const float* x);
   // Rows q[r] of KV head h against positions start .. start + visible[r] of a sequence with block
   // table `blocks`; start is a multiple of CONTEXT, 1 <= visible[r] <= CONTEXT and ascending in r.
-  // Row r's result is at out + r * (E + 2). `scores` has room for rows * CONTEXT.
+  // Row r's result is at out + r * (E + 2). `scores` has room for rows * CONTEXT. Where `next` is not
+  // null, what it names is fetched on the way.
   void (*attend)(const Cache* cache, int h, const int32_t* blocks, int start, int rows,
-                 const float* const* q, const int32_t* visible, float scale, float* scores,
-                 float* out);
+                 const float* const* q, const int32_t* visible, float scale, const Stretch* next,
+                 float* scores, float* out);
   // Fold one stretch's result into that of those before it.
   void (*fold)(float* state, const float* part, int head_dim);
   // out[e] = weighted values / sum of exponentials

@@ -521,21 +521,28 @@ void store_value(const Cache* cache, int h, int slot, const float* x) {
 // ---- attention ----------------------------------------------------------------------------------
 
 // Scores of R rows against V blocks of 16 positions each, dimension after dimension.
-template <int KIND, int R, int V>
+template <int KIND, int R, int V, bool FETCHES>
 PUNA_INLINE void score(const Cache& c, int h, const int32_t* blocks, const float* const* q,
-                       float scale, float* scores) {
+                       float scale, const int32_t* next_blocks, int next_h, float* scores) {
   typedef typename Stored<KIND>::Type Type;
   const int head_dim = c.head_dim;
-  const Type* key[V];
-  for (int v = 0; v < V; ++v)
-    key[v] = (const Type*)c.keys_NKEP +
-             ((int64_t)blocks[v] * c.num_kv_heads + h) * head_dim * BLOCK;
+  const auto keys_of = [&](int64_t block, int head) {
+    return (const Type*)c.keys_NKEP + (block * c.num_kv_heads + head) * head_dim * BLOCK;
+  };
+  const Type *key[V], *next[V];
+  for (int v = 0; v < V; ++v) {
+    key[v] = keys_of(blocks[v], h);
+    if (FETCHES) next[v] = keys_of(next_blocks[v], next_h);
+  }
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) f[r][v] = splat(0);
   for (int e = 0; e < head_dim; ++e) {
     F16 k[V];
-    for (int v = 0; v < V; ++v) k[v] = Stored<KIND>::get(key[v] + (int64_t)e * BLOCK);
+    for (int v = 0; v < V; ++v) {
+      k[v] = Stored<KIND>::get(key[v] + (int64_t)e * BLOCK);
+      if (FETCHES) fetch(next[v] + (int64_t)e * BLOCK);
+    }
     for (int r = 0; r < R; ++r) {
       F16 x = splat(q[r][e]);
       for (int v = 0; v < V; ++v) f[r][v] = fma(k[v], x, f[r][v]);
@@ -561,25 +568,31 @@ PUNA_INLINE F16 value_at(const typename Stored<KIND>::Type* value, int first, in
 // out[r] = the values' sum weighted by scores[r], columns [first, first + 16 V), position after
 // position. All rows see the first visible[0] positions, later ones only some: those are added row
 // by row.
-template <int KIND, int R, int V, bool IS_WHOLE>
+template <int KIND, int R, int V, bool IS_WHOLE, bool FETCHES>
 PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32_t* visible,
-                       const float* scores, int first, float* out) {
+                       const float* scores, int first, const int32_t* next_blocks, int next_h,
+                       float* out) {
   typedef typename Stored<KIND>::Type Type;
   const int head_dim = c.head_dim, common = visible[0];
   const int64_t size = partial_size(head_dim);
-  const auto values_of = [&](int position) {
-    const int64_t block = blocks[position / BLOCK];
+  const auto values_of = [&](const int32_t* table, int head, int position) {
+    const int64_t block = table[position / BLOCK];
     return (const Type*)c.values_NKPE +
-           ((block * c.num_kv_heads + h) * BLOCK + position % BLOCK) * head_dim;
+           ((block * c.num_kv_heads + head) * BLOCK + position % BLOCK) * head_dim;
   };
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) f[r][v] = splat(0);
   for (int j0 = 0; j0 < common; j0 += BLOCK) {
-    const Type* value = values_of(j0);
+    const Type* value = values_of(blocks, h, j0);
+    const char* next = FETCHES ? (const char*)(values_of(next_blocks, next_h, j0) + first) : nullptr;
     const int stop = common - j0 < BLOCK ? common - j0 : BLOCK;
     for (int j = 0; j < stop; ++j, value += head_dim) {
       F16 x[V];
+      if (FETCHES) {
+        for (int64_t i = 0; i < (int64_t)sizeof(Type) * V * LANES; i += 64) fetch(next + i);
+        next += sizeof(Type) * (size_t)head_dim;
+      }
       for (int v = 0; v < V; ++v) x[v] = value_at<KIND, IS_WHOLE>(value, first + v * LANES, head_dim);
       for (int r = 0; r < R; ++r) {
         F16 p = splat(scores[r * CONTEXT + j0 + j]);
@@ -593,7 +606,7 @@ PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32
       if (!IS_WHOLE && at >= head_dim) continue;
       F16 total = f[r][v];
       for (int j = common; j < visible[r]; ++j)
-        total = fma(value_at<KIND, IS_WHOLE>(values_of(j), at, head_dim),
+        total = fma(value_at<KIND, IS_WHOLE>(values_of(blocks, h, j), at, head_dim),
                     splat(scores[r * CONTEXT + j]), total);
       if (IS_WHOLE || at + LANES <= head_dim)
         store(out + r * size + at, total);
@@ -602,15 +615,20 @@ PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32
     }
 }
 
-template <int KIND, int R>
+template <int KIND, int R, bool FETCHES>
 __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t* blocks,
                                            const float* const* q, const int32_t* visible,
-                                           float scale, float* scores, float* out) {
+                                           float scale, const Stretch* next, float* scores,
+                                           float* out) {
+  const int32_t* ahead = FETCHES ? next->blocks : blocks;
+  const int next_h = FETCHES ? next->h : h;
   const int num_blocks = (visible[R - 1] + BLOCK - 1) / BLOCK;
   int b = 0;
   for (; b + HEAD_VECS <= num_blocks; b += HEAD_VECS)
-    score<KIND, R, HEAD_VECS>(c, h, blocks + b, q, scale, scores + b * BLOCK);
-  for (; b < num_blocks; ++b) score<KIND, R, 1>(c, h, blocks + b, q, scale, scores + b * BLOCK);
+    score<KIND, R, HEAD_VECS, FETCHES>(c, h, blocks + b, q, scale, ahead + b, next_h,
+                                       scores + b * BLOCK);
+  for (; b < num_blocks; ++b)
+    score<KIND, R, 1, FETCHES>(c, h, blocks + b, q, scale, ahead + b, next_h, scores + b * BLOCK);
 
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * CONTEXT;
@@ -638,33 +656,52 @@ __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t*
   constexpr int STEP = HEAD_VECS * LANES;
   int first = 0;
   for (; first + STEP <= c.head_dim; first += STEP)
-    weigh<KIND, R, HEAD_VECS, true>(c, h, blocks, visible, scores, first, out);
+    weigh<KIND, R, HEAD_VECS, true, FETCHES>(c, h, blocks, visible, scores, first, ahead, next_h,
+                                             out);
   if (first < c.head_dim)
-    weigh<KIND, R, HEAD_VECS, false>(c, h, blocks, visible, scores, first, out);
+    weigh<KIND, R, HEAD_VECS, false, FETCHES>(c, h, blocks, visible, scores, first, ahead, next_h,
+                                              out);
 }
 
-template <int KIND>
+template <int KIND, bool FETCHES>
 void attend_as(const Cache& c, int h, const int32_t* blocks, int rows, const float* const* q,
-               const int32_t* visible, float scale, float* scores, float* out) {
+               const int32_t* visible, float scale, const Stretch* next, float* scores,
+               float* out) {
   const int64_t size = partial_size(c.head_dim);
   int r = 0;
-#define PUNA_ATTEND(R) \
-  attend_rows<KIND, R>(c, h, blocks, q + r, visible + r, scale, scores + r * CONTEXT, out + r * size)
-  for (; r + HEAD_ROWS <= rows; r += HEAD_ROWS) PUNA_ATTEND(HEAD_ROWS);
+  // What the first rows fetched the others need not.
+#define PUNA_ATTEND(R)                                                                      \
+  {                                                                                         \
+    const auto attend_some = FETCHES && r == 0 ? attend_rows<KIND, R, FETCHES>              \
+                                               : attend_rows<KIND, R, false>;               \
+    attend_some(c, h, blocks, q + r, visible + r, scale, next, scores + r * CONTEXT,        \
+                out + r * size);                                                            \
+    r += R;                                                                                 \
+  }
+  while (r + HEAD_ROWS <= rows) PUNA_ATTEND(HEAD_ROWS)
   if (HEAD_ROWS > 4)
-    for (; r + 4 <= rows; r += 4) PUNA_ATTEND(4);
+    while (r + 4 <= rows) PUNA_ATTEND(4)
   if (HEAD_ROWS > 3)
-    for (; r + 3 <= rows; r += 3) PUNA_ATTEND(3);
+    while (r + 3 <= rows) PUNA_ATTEND(3)
   if (HEAD_ROWS > 2)
-    for (; r + 2 <= rows; r += 2) PUNA_ATTEND(2);
-  for (; r < rows; ++r) PUNA_ATTEND(1);
+    while (r + 2 <= rows) PUNA_ATTEND(2)
+  while (r < rows) PUNA_ATTEND(1)
 #undef PUNA_ATTEND
 }
 
+template <int KIND>
+void attend_and_fetch(const Cache& c, int h, const int32_t* blocks, int rows, const float* const* q,
+                      const int32_t* visible, float scale, const Stretch* next, float* scores,
+                      float* out) {
+  const auto attend_kind = next ? attend_as<KIND, true> : attend_as<KIND, false>;
+  attend_kind(c, h, blocks, rows, q, visible, scale, next, scores, out);
+}
+
 void attend(const Cache* cache, int h, const int32_t* blocks, int start, int rows,
-            const float* const* q, const int32_t* visible, float scale, float* scores, float* out) {
+            const float* const* q, const int32_t* visible, float scale, const Stretch* next,
+            float* scores, float* out) {
   const int32_t* here = blocks + start / BLOCK;
-  PUNA_BY_CACHE(attend_as, *cache, h, here, rows, q, visible, scale, scores, out)
+  PUNA_BY_CACHE(attend_and_fetch, *cache, h, here, rows, q, visible, scale, next, scores, out)
 }
 
 // Online softmax (arXiv:1805.02867), stretch by stretch. A state is [values of E | peak | total].

@@ -11,6 +11,7 @@ constexpr int Y_ROWS = 48;
 // worth handing out.
 constexpr int SINGLE_TILES = 16;
 constexpr int64_t SINGLE_BYTES = 32 * 1024;
+constexpr int64_t FIRST_BYTES = 16 * 1024;
 // Tiles at a time where there are more rows: the register tile's width (kernels_impl.h).
 constexpr int WIDE_TILES = 2;
 // Query rows (tokens x heads of one KV head) that attention takes at a time.
@@ -27,6 +28,11 @@ int64_t total_tiles(const Linear& linear) {
   int64_t total = 0;
   for (int i = 0; i < linear.num_parts; ++i) total += tiles_of(linear.parts[i]);
   return total;
+}
+
+// Tiles that are handed out at a time where there is one row.
+int64_t single_grain(int64_t bytes_a_tile) {
+  return std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes_a_tile));
 }
 
 // Pieces of [first, last) tiles of one part; `column` is where the part's rows begin in the output.
@@ -51,9 +57,7 @@ void project(Machine& machine, int thread, const Linear& linear, const Acts& act
              Emit emit) {
   const int64_t bytes = tile_bytes(linear.parts[0]);
   const bool is_single = num_rows == 1;
-  const int64_t grain =
-      is_single ? std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes))
-                : WIDE_TILES;
+  const int64_t grain = is_single ? single_grain(bytes) : WIDE_TILES;
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
   const int64_t ld = grain * TILE;
   machine.pool.share(thread, total_tiles(linear), grain, [&](int64_t first, int64_t last) {
@@ -71,6 +75,20 @@ void project(Machine& machine, int thread, const Linear& linear, const Acts& act
         }
       }
     });
+  });
+}
+
+// With one row memory idles while every thread prepares the activations: let it bring the first weights
+// of this thread's share.
+void fetch_first(Machine& machine, int thread, const Linear& linear, int num_rows) {
+  if (num_rows > 1) return;
+  const int64_t grain = single_grain(tile_bytes(linear.parts[0]));
+  const int64_t steps = (total_tiles(linear) + grain - 1) / grain;
+  const int64_t first = steps * thread / machine.pool.num_threads() * grain;
+  by_part(linear, first, first + 1, [&](const Matrix& part, int tile, int, int64_t) {
+    const char* at = static_cast<const char*>(part.data) + tile * tile_bytes(part);
+    const int64_t count = std::min<int64_t>(FIRST_BYTES, tile_bytes(part));
+    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(at + i, 0, 2);
   });
 }
 
@@ -193,6 +211,7 @@ void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const
   add([=, &m](int thread) {
     const Kernels& k = *m.kernels;
     float* const own = m.privates[static_cast<size_t>(thread)].x;
+    fetch_first(m, thread, linear, num_tokens);
     const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
       float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size;
       k.norm(residual, x.partial_TD + static_cast<int64_t>(row) * x.hidden_size, norm.weight_D,
@@ -268,6 +287,10 @@ struct AttentionWork {
            ((s * max_chunks + chunk) * num_heads + head) * partial_size(cache.head_dim);
   }
 
+  const int32_t* table(int s) const {
+    return batch.block_table_SM + static_cast<int64_t>(s) * batch.max_blocks;
+  }
+
   void run(int s, int64_t piece) {
     const int h = static_cast<int>(piece % cache.num_kv_heads);
     const int64_t along = piece / cache.num_kv_heads;
@@ -289,7 +312,13 @@ struct AttentionWork {
         q[r] = head_of(row, h * shared + first + r);
         sees[r] = visible;
       }
-      attend(s, h, start, count, q, sees, part(s, chunk, h * shared + first));
+      // A single query reads its context once: while one stretch is computed, the next comes nearer.
+      const int next_h = h + 1 < cache.num_kv_heads ? h + 1 : 0;
+      const int next_start = next_h ? start : start + CONTEXT;
+      const bool is_last = next_start + visible > batch.seq_lens_S[s];
+      const Stretch next{table(s) + (is_last ? start : next_start) / BLOCK, next_h};
+      attend(s, h, start, count, q, sees, is_last || first ? nullptr : &next,
+             part(s, chunk, h * shared + first));
     }
   }
 
@@ -319,7 +348,7 @@ struct AttentionWork {
           q[r - skipped] = head_of(row0 + token, h * shared + g0 + r % heads);
           sees[r - skipped] = visible;
         }
-        attend(s, h, start, rows - skipped, q, sees, start ? parts : states);
+        attend(s, h, start, rows - skipped, q, sees, nullptr, start ? parts : states);
         for (int r = skipped; start && r < rows; ++r)
           k.fold(states + r * size, parts + (r - skipped) * size, head_dim);
       }
@@ -336,10 +365,10 @@ struct AttentionWork {
   }
 
   void attend(int s, int h, int start, int rows, const float* const* q, const int32_t* visible,
-              float* out) {
+              const Stretch* next, float* out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(cache.head_dim));
-    k.attend(&cache, h, batch.block_table_SM + static_cast<int64_t>(s) * batch.max_blocks, start,
-             rows, q, visible, scale, own.scores, out);
+    k.attend(&cache, h, table(s), start, rows, q, visible, scale, next,
+             own.scores, out);
   }
 
   // The partial results of a sequence with one query, folded in order, into out[Q].
@@ -382,6 +411,7 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
       while (piece >= work.pieces(s)) piece -= work.pieces(s++);
       work.run(s, piece);
     });
+    fetch_first(m, thread, out, num_tokens);
     m.pool.barrier();
     const Acts& acts =
         prepared(m, thread, scratch.acts, num_tokens, [&](int row, const Acts& a, int at) {
@@ -416,6 +446,7 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
   add([=, &m](int thread) {
     const Kernels& k = *m.kernels;
     Private& own = m.privates[static_cast<size_t>(thread)];
+    fetch_first(m, thread, linear, num_tokens);
     const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
       float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size;
       k.norm(residual, x.partial_TD + static_cast<int64_t>(row) * x.hidden_size, norm.weight_D,
@@ -426,9 +457,7 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
     const Matrix &gate = linear.parts[0], &up = linear.parts[1];
     const bool is_single = num_tokens == 1;
     const int64_t bytes = tile_bytes(gate) + tile_bytes(up);
-    const int64_t grain =
-        is_single ? std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes))
-                  : WIDE_TILES;
+    const int64_t grain = is_single ? single_grain(bytes) : WIDE_TILES;
     const int rows_at_once = is_single ? 1 : Y_ROWS / 2;
     const int64_t ld = grain * TILE;
     float *const y_gate = own.y, *const y_up = own.y + rows_at_once * ld;
@@ -465,6 +494,7 @@ void Program::down(const float* act_TF, const Linear& linear, const Stream& x) {
   const bool settles = is_unsettled_;
   is_unsettled_ = false;
   add([=, &m](int thread) {
+    fetch_first(m, thread, linear, num_tokens);
     const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
       m.kernels->convert(act_TF + static_cast<int64_t>(row) * ffn, ffn, wanted, &a, at);
     });
@@ -490,6 +520,7 @@ void Program::head(const Stream& x, const int32_t* rows_L, int num_rows, const N
   add([=, &m](int thread) {
     const Kernels& k = *m.kernels;
     float* const own = m.privates[static_cast<size_t>(thread)].x;
+    fetch_first(m, thread, linear, num_rows);
     const Acts& acts = prepared(m, thread, shared, num_rows, [&](int row, const Acts& a, int at) {
       const int64_t from = static_cast<int64_t>(rows_L[row]) * x.hidden_size;
       k.norm(x.residual_TD + from, x.partial_TD + from, norm.weight_D, norm.eps, x.hidden_size, own,

@@ -1,0 +1,168 @@
+"""Against llama.cpp on the same GGUF file: prompt and decode speed, in turns, and the ratios.
+
+    python -m benchmarks.llamacpp MODEL.gguf --peer-python PYTHON [--turns 5] [--write NAME]
+
+PYTHON is an interpreter with llama-cpp-python, built from source for this machine
+(`CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python`); it may be
+the one that runs this. Each turn runs llama.cpp and then `puna bench latency`, each in a process of
+its own on an otherwise idle machine; the figures are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# (name, prompt tokens, new tokens): the prompt's speed, or the new tokens', is what is measured.
+RUNS = (
+    ("prefill_128", 128, 2),
+    ("prefill_512", 512, 2),
+    ("decode", 16, 48),
+    ("decode_900", 900, 32),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="in a turn")
+    parser.add_argument("--write", metavar="NAME", help="keep results/NAME.json")
+    parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.as_peer:
+        print(json.dumps(peer(args.gguf, args.threads, args.rounds)))
+        return
+    found = compare(args)
+    print(table(found))
+    if args.write:
+        from benchmarks.record import write
+
+        write(args.write, found)
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    rows: dict[str, dict[str, list[float]]] = {
+        name: {"llama.cpp": [], "puna": [], "roofline": []} for name, _, _ in RUNS
+    }
+    peer_command = [args.peer_python, __file__, str(args.gguf), "--as-peer"]
+    peer_command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
+    version = ""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Path(folder) / "engine"
+        subprocess.run(
+            [sys.executable, "-m", "puna", "build", str(args.gguf), "-o", str(engine)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for turn in range(args.turns):
+            theirs = _json(peer_command)
+            version = theirs.pop("version")
+            for name, isl, osl in RUNS:
+                ours = _json(_puna(engine, args, isl, osl))
+                key = "prefill_tok_s" if name.startswith("prefill") else "tok_s"
+                rows[name]["llama.cpp"].append(theirs[name])
+                rows[name]["puna"].append(ours[key])
+                rows[name]["roofline"].append(ours["roofline"])
+            print(f"turn {turn + 1} of {args.turns}", file=sys.stderr)
+    return {
+        "model": args.gguf.name,
+        "threads": args.threads,
+        "turns": args.turns,
+        "peer": f"llama-cpp-python {version}",
+        "tok_s": {
+            name: {
+                "llama.cpp": round(statistics.median(row["llama.cpp"]), 1),
+                "puna": round(statistics.median(row["puna"]), 1),
+                "ratio": round(
+                    statistics.median(row["puna"]) / statistics.median(row["llama.cpp"]), 2
+                ),
+                "ratio_by_turn": [
+                    round(ours / theirs, 2)
+                    for ours, theirs in zip(row["puna"], row["llama.cpp"], strict=True)
+                ],
+                "roofline": round(statistics.median(row["roofline"]), 2),
+            }
+            for name, row in rows.items()
+        },
+    }
+
+
+def _puna(engine: Path, args: argparse.Namespace, isl: int, osl: int) -> list[str]:
+    command = [sys.executable, "-m", "puna", "bench", "latency", str(engine), "--json"]
+    command += ["--isl", str(isl), "--osl", str(osl)]
+    return [*command, "--rounds", str(args.rounds), "--threads", str(args.threads)]
+
+
+def _json(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"{found['model']}, {found['threads']} threads, against {found['peer']}", ""]
+    lines.append(f"{'tok/s':<12} {'llama.cpp':>10} {'puna':>10} {'ratio':>7}   by turn")
+    for name, row in found["tok_s"].items():
+        turns = " ".join(f"{ratio:.2f}" for ratio in row["ratio_by_turn"])
+        figures = f"{row['llama.cpp']:>10,.1f} {row['puna']:>10,.1f} {row['ratio']:>7.2f}"
+        lines.append(f"{name:<12} {figures}   {turns}")
+    return "\n".join(lines)
+
+
+def peer(gguf: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """llama.cpp's side of RUNS: medians over the rounds, after one that does not count."""
+    import ctypes
+
+    import llama_cpp as lc
+
+    @lc.llama_log_callback
+    def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+        """Nothing on stderr."""
+
+    lc.llama_log_set(quiet, ctypes.c_void_p(0))
+    lc.llama_backend_init()
+    model_params = lc.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model = lc.llama_model_load_from_file(str(gguf).encode(), model_params)
+    params = lc.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = 1024, 1024, 512
+    params.n_threads = params.n_threads_batch = threads
+    context = lc.llama_init_from_model(model, params)
+    vocab_size = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
+    memory = lc.llama_get_memory(context)
+    rng = random.Random(0)
+
+    def seconds(num_tokens: int) -> float:
+        ids = (lc.llama_token * num_tokens)(*(rng.randrange(vocab_size) for _ in range(num_tokens)))
+        start = time.perf_counter()
+        status = lc.llama_decode(context, lc.llama_batch_get_one(ids, num_tokens))
+        lc.llama_get_logits_ith(context, -1)
+        assert status == 0, status
+        return time.perf_counter() - start
+
+    rates: dict[str, list[float]] = {name: [] for name, _, _ in RUNS}
+    for i in range(1 + rounds):
+        for name, isl, osl in RUNS:
+            lc.llama_memory_clear(memory, True)
+            prompt = seconds(isl)
+            steps = [seconds(1) for _ in range(osl - 1)]
+            if i > 0:
+                rates[name] += (
+                    [isl / prompt] if name.startswith("prefill") else [1 / s for s in steps]
+                )
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {"version": lc.__version__, **medians}
+
+
+if __name__ == "__main__":
+    main()
