@@ -15,7 +15,7 @@ namespace {
 // Register tiles: rows of activations x tiles of the matrix. Sixteen-lane accumulators are what
 // limits them: 32 registers of 16 lanes, or 16 of 8.
 #if defined(PUNA_AVX512)
-constexpr int Q8_ROWS = 6, Q4_ROWS = 5, DENSE_ROWS = 12, TILES = 2, HEAD_ROWS = 6, HEAD_VECS = 4;
+constexpr int Q8_ROWS = 6, Q4_ROWS = 6, DENSE_ROWS = 12, TILES = 2, HEAD_ROWS = 6, HEAD_VECS = 4;
 #elif defined(PUNA_AVX2)
 constexpr int Q8_ROWS = 2, Q4_ROWS = 2, DENSE_ROWS = 6, TILES = 1, HEAD_ROWS = 3, HEAD_VECS = 2;
 #else

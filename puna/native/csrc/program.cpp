@@ -50,29 +50,50 @@ void by_part(const Linear& linear, int64_t first, int64_t last, Work work) {
   }
 }
 
+// How a product is cut into pieces of work: `tiles` neighbouring tiles by `rows` rows. All rows of some
+// tiles follow each other, so that the weights stay near.
+struct Pieces {
+  int64_t tiles, rows, row_steps, count;
+
+  Pieces(int64_t num_tiles, int64_t bytes_a_tile, int num_rows, int rows_at_once)
+      : tiles(num_rows == 1 ? single_grain(bytes_a_tile) : WIDE_TILES),
+        rows(num_rows == 1 ? 1 : rows_at_once),
+        row_steps((num_rows + rows - 1) / rows),
+        count((num_tiles + tiles - 1) / tiles * row_steps) {}
+};
+
+// work(first tile, last tile, first row, last row) for every piece, shared by the threads.
+template <class Work>
+void share_pieces(Pool& pool, int thread, const Pieces& pieces, int64_t num_tiles, int num_rows,
+                  Work work) {
+  pool.share(thread, pieces.count, 1, [&](int64_t piece, int64_t) {
+    const int64_t tile = piece / pieces.row_steps * pieces.tiles;
+    const int64_t row = piece % pieces.row_steps * pieces.rows;
+    work(tile, std::min(tile + pieces.tiles, num_tiles), static_cast<int>(row),
+         static_cast<int>(std::min<int64_t>(row + pieces.rows, num_rows)));
+  });
+}
+
 // Multiply rows [0, num_rows) by all tiles of `linear`, shared by the threads. emit(row, column,
 // count, values) is called for every run of results, bias added.
 template <class Emit>
 void project(Machine& machine, int thread, const Linear& linear, const Acts& acts, int num_rows,
              Emit emit) {
-  const int64_t bytes = tile_bytes(linear.parts[0]);
-  const bool is_single = num_rows == 1;
-  const int64_t grain = is_single ? single_grain(bytes) : WIDE_TILES;
+  const int64_t num_tiles = total_tiles(linear);
+  const Pieces pieces(num_tiles, tile_bytes(linear.parts[0]), num_rows, Y_ROWS);
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
-  const int64_t ld = grain * TILE;
-  machine.pool.share(thread, total_tiles(linear), grain, [&](int64_t first, int64_t last) {
+  const int64_t ld = pieces.tiles * TILE;
+  share_pieces(machine.pool, thread, pieces, num_tiles, num_rows, [&](int64_t first, int64_t last,
+                                                                      int m0, int m1) {
     by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
       const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
       const int64_t at = column + t0 * TILE;
-      for (int m0 = 0; m0 < num_rows; m0 += Y_ROWS) {
-        const int m1 = std::min(m0 + Y_ROWS, num_rows);
-        machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
-        for (int m = m0; m < m1; ++m) {
-          float* values = y + (m - m0) * ld;
-          if (linear.bias)
-            for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
-          emit(m, at, count, values);
-        }
+      machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
+      for (int m = m0; m < m1; ++m) {
+        float* values = y + (m - m0) * ld;
+        if (linear.bias)
+          for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
+        emit(m, at, count, values);
       }
     });
   });
@@ -455,28 +476,24 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
     });
     // Gate and up of the same columns are one piece of work.
     const Matrix &gate = linear.parts[0], &up = linear.parts[1];
-    const bool is_single = num_tokens == 1;
-    const int64_t bytes = tile_bytes(gate) + tile_bytes(up);
-    const int64_t grain = is_single ? single_grain(bytes) : WIDE_TILES;
-    const int rows_at_once = is_single ? 1 : Y_ROWS / 2;
-    const int64_t ld = grain * TILE;
-    float *const y_gate = own.y, *const y_up = own.y + rows_at_once * ld;
-    m.pool.share(thread, tiles_of(gate), grain, [&](int64_t first, int64_t last) {
+    const int64_t num_tiles = tiles_of(gate);
+    const Pieces pieces(num_tiles, tile_bytes(gate) + tile_bytes(up), num_tokens, Y_ROWS / 2);
+    const int64_t ld = pieces.tiles * TILE;
+    float *const y_gate = own.y, *const y_up = own.y + pieces.rows * ld;
+    share_pieces(m.pool, thread, pieces, num_tiles, num_tokens,
+                 [&](int64_t first, int64_t last, int m0, int m1) {
       const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
       const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
-      for (int m0 = 0; m0 < num_tokens; m0 += rows_at_once) {
-        const int m1 = std::min(m0 + rows_at_once, num_tokens);
-        k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
-        k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
-        for (int row = m0; row < m1; ++row) {
-          float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
-          if (linear.bias)
-            for (int i = 0; i < count; ++i) {
-              g[i] += linear.bias[column + i];
-              u[i] += linear.bias[ffn + column + i];
-            }
-          k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
-        }
+      k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
+      k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
+      for (int row = m0; row < m1; ++row) {
+        float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
+        if (linear.bias)
+          for (int i = 0; i < count; ++i) {
+            g[i] += linear.bias[column + i];
+            u[i] += linear.bias[ffn + column + i];
+          }
+        k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
       }
     });
     m.pool.barrier();
