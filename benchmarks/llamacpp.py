@@ -46,9 +46,9 @@ def main() -> None:
     found = compare(args)
     print(table(found))
     if args.write:
-        from benchmarks.record import write
+        from benchmarks.record import about, write
 
-        write(args.write, found)
+        write(args.write, {**about("llamacpp"), **found})
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:

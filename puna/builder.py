@@ -24,11 +24,11 @@ import numpy as np
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.engine import CONFIG_FILE, TOKENIZER_DIR, DummyRecipe, EngineConfig, Provenance
 from puna.errors import CheckpointError, ConfigError, TokenizerError
+from puna.huge_pages import reserve, write_at
 from puna.manifest import READ_BYTES, write_manifest
 from puna.memory import available_bytes, human_bytes
 from puna.output import check_output, finish, is_engine, workspace
 from puna.plan import BuildConfig, CheckpointFacts, plan
-from puna.quant import Array
 from puna.rank_file import RankFile, RankWeight, rank_file, rank_file_name, rank_weights
 from puna.shard import CHUNK_WEIGHTS, WeightSource, rank_rows
 from puna.tokenizer import load_tokenizer
@@ -225,7 +225,7 @@ def _write_ranks(
         for rank, layout in enumerate(layouts):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             descriptors.append(os.open(folder / rank_file_name(rank), flags, 0o644))
-            os.truncate(descriptors[-1], layout.num_bytes)
+            reserve(descriptors[-1], layout.num_bytes)
 
         def write(rank: int, weight: RankWeight) -> None:
             layout, descriptor = layouts[rank], descriptors[rank]
@@ -236,7 +236,8 @@ def _write_ranks(
                     stored = layout.arrays[name]
                     row_bytes = stored.num_bytes // stored.shape[0]
                     assert rows.dtype == stored.dtype and rows[0].nbytes == row_bytes, name
-                    _write_at(descriptor, _bytes(rows), stored.offset + first * row_bytes)
+                    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+                    write_at(descriptor, data, stored.offset + first * row_bytes)
                     bar.add(rows.nbytes)
 
         with ThreadPoolExecutor(workers) as pool:
@@ -256,16 +257,6 @@ def _write_ranks(
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def _bytes(array: Array) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 class _Bar:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from puna.engine import CONFIG_FILE, TOKENIZER_DIR
 from puna.errors import EngineError
+from puna.huge_pages import populate
 from puna.rank_file import rank_file_name
 from puna.strict_json import canonical_json
 
@@ -96,11 +98,13 @@ def check_files(
     ranks: Iterable[int],
     threads: int,
     progress: Callable[[int], None] | None = None,
+    maps: Mapping[str, mmap.mmap] | None = None,
 ) -> None:
     """Check presence, size and digests of what these ranks read, in parallel.
 
     Raises EngineError naming every file that is missing, truncated, changed, or not listed in a
-    folder that is read whole. `progress` is told the bytes checked, chunk by chunk.
+    folder that is read whole. `progress` is told the bytes checked, chunk by chunk. Files that are
+    in `maps` are brought into memory through them, which decides how they lie there.
     """
     ranks = list(ranks)
     listed = {file.path: file for file in manifest.files}
@@ -121,7 +125,7 @@ def check_files(
             work += [(file, index) for index in range(len(file.chunks))]
     if not problems:
         try:
-            problems = _changed(engine_dir, work, threads, progress)
+            problems = _changed(engine_dir, work, threads, progress, maps or {})
         except OSError as error:
             problems = [f"{error.filename or 'a file'} cannot be read ({error.strerror})"]
     if problems:
@@ -135,9 +139,12 @@ def _changed(
     work: list[tuple[FileDigest, int]],
     threads: int,
     progress: Callable[[int], None] | None,
+    maps: Mapping[str, mmap.mmap],
 ) -> list[str]:
     def is_same(item: tuple[FileDigest, int]) -> bool:
         file, index = item
+        if file.path in maps:
+            populate(maps[file.path], index * CHUNK_BYTES, CHUNK_BYTES)
         return _digest(engine_dir / file.path, index * CHUNK_BYTES) == file.chunks[index]
 
     changed: dict[str, None] = {}

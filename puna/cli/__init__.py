@@ -88,14 +88,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"puna {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show puna's version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in (quickstart, build, inspect, run, chat, bench):
         module.add_commands(commands, debug)
     return parser
 
 
-def _version() -> str:
-    from puna.version import puna_version
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes as long as importing NumPy."""
 
-    return puna_version()
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
+        from puna.version import puna_version
+
+        print(f"puna {puna_version()}")
+        parser.exit()

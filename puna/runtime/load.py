@@ -21,11 +21,9 @@ from puna.rope import rope_tables
 from puna.shard import rank_rows
 
 
-def map_weights(path: Path, layout: RankFile) -> dict[str, Array]:
+def map_weights(path: Path, mapped: mmap.mmap, layout: RankFile) -> dict[str, Array]:
     """Arrays over a memory map of the rank's file; two processes share its pages."""
     check_rank_file(path, layout)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return _views(np.frombuffer(mapped, np.uint8), layout)
 
 

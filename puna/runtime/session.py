@@ -6,6 +6,7 @@ lie, and which recorded program runs a step. Knows nothing of requests, text or 
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from puna.batch import ForwardBatch
 from puna.cpu.ops import CpuOps, instruction_sets
 from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
+from puna.huge_pages import map_file
 from puna.layout import ArraySpec
 from puna.manifest import check_files, read_manifest
 from puna.memory import (
@@ -110,10 +112,10 @@ class Session:
 
         `device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2").
         `max_batch_size` and `max_num_tokens` may lower the engine's limits; `threads` limits those
-        that compute (None: physical cores) and those that check digests. `progress` is told the bytes brought in
-        (checked or generated, then bound to the model) and their total. Raises EngineError or
-        LaunchError before anything large is allocated; a byte that differs from the manifest is
-        found before this returns.
+        that compute (None: physical cores) and those that check digests. `progress` is told the
+        bytes brought in (checked or generated, then bound to the model) and their total. Raises
+        EngineError or LaunchError before anything large is allocated; a byte that differs from the
+        manifest is found before this returns.
         """
         engine_dir = Path(engine_dir)
         if threads is not None and threads < 1:
@@ -141,8 +143,10 @@ class Session:
         if config.dummy is not None:
             stored = generate_weights(config, rank, layout, report)
         else:
-            check_files(engine_dir, manifest, (rank,), num_readers, report)
-            stored = map_weights(engine_dir / rank_file_name(rank), layout)
+            path = engine_dir / rank_file_name(rank)
+            maps = _try_map(path)
+            check_files(engine_dir, manifest, (rank,), num_readers, report, maps)
+            stored = map_weights(path, maps.get(path.name) or map_file(path), layout)
         return cls(
             engine_dir,
             config,
@@ -254,6 +258,14 @@ class Session:
         return Activations(
             arrays["residual_TD"], arrays["partial_TD"], arrays["q_TQ"], arrays["act_TF"]
         )
+
+
+def _try_map(path: Path) -> dict[str, mmap.mmap]:
+    """The map of a rank's file by name; none where it cannot be, and the check will say why."""
+    try:
+        return {path.name: map_file(path)}
+    except (OSError, ValueError):
+        return {}
 
 
 def _meter(num_bytes: int, progress: LoadProgress | None) -> Callable[[int], None]:

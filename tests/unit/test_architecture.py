@@ -45,7 +45,7 @@ SHARED = [
     ("quant", "weights"),
     ("mapping",),
     ("spec", "version"),
-    ("native",),
+    ("native", "huge_pages"),
     ("strict_json",),
     ("errors",),
 ]
