@@ -1,6 +1,7 @@
 """How far each weight format moves a real model: perplexity, and its logits against float32's.
 
-    python -m benchmarks.accuracy [--model SmolLM2.gguf] [--text wiki.test.raw] [--formats ...]
+    python -m benchmarks.accuracy [--device cpu] [--model SmolLM2.gguf] [--text wiki.test.raw]
+        [--formats ...]
 
 Convention: the raw text of WikiText-2's test split, encoded in one piece by the model's own
 tokenizer without BOS; its first 4,096 tokens in 4 windows of 1,024; each window is predicted from
@@ -8,9 +9,13 @@ its own context alone, so 1,023 targets a window. Perplexity is exp of the mean 
 log-likelihood of all 4,092 targets. SmolLM2-135M-Instruct (the GGUF of `puna quickstart`,
 dequantised) has 23.1 in float32.
 
-Prints a table; --write keeps it in benchmarks/results/accuracy_smollm2.json. About 80 s a format on
-one core of a Xeon with AVX-512, 2026-11. Where the machine is shared, set OPENBLAS_NUM_THREADS=1:
-two BLAS threads that wait for each other took five times as long.
+float32, which the others are compared with, runs on the same device as they do. Of the formats,
+"auto" is what the checkpoint holds (Q4_1 by default).
+
+Prints a table; --write keeps it in benchmarks/results: accuracy_smollm2_cpu.json of device cpu,
+accuracy_smollm2.json of device reference. On the reference, about 80 s a format on one core of a
+Xeon with AVX-512, 2026-11. Where the machine is shared, set OPENBLAS_NUM_THREADS=1: two BLAS
+threads that wait for each other took five times as long.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from puna.plan import BuildConfig
 from puna.tokenizer import load_tokenizer
 
 NUM_TOKENS, WINDOW = 4096, 1024
-RESULTS = "accuracy_smollm2"
+RESULTS = "accuracy_smollm2"  # of device reference; others add their name
 # Name in the table, and what is asked of `puna build`. The first is what the others are held to.
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {"quant": "none", "dtype": "float32"},
@@ -52,36 +57,49 @@ def main() -> None:
     text = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
     parser.add_argument("--text", type=Path, default=text)
     parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--write", action="store_true", help=f"keep results/{RESULTS}.json")
+    parser.add_argument("--device", default="auto", help="as of puna run (default: auto)")
+    parser.add_argument("--write", action="store_true", help=f"keep results/{RESULTS}*.json")
     args = parser.parse_args()
     names = args.formats.split(",")
     if names[0] != "float32":
         parser.error("--formats must begin with float32, which the others are compared with")
 
     rows: list[dict[str, Any]] = []
-    print(f"{'format':<10} {'stored as':<14} {'perplexity':>10} {'rel. L2':>9} {'KL':>9} {'s':>6}")
+    print(
+        f"{'format':<10} {'stored as':<14} {'perplexity':>10} {'% more':>8} {'rel. L2':>9} "
+        f"{'KL':>9} {'s':>6}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         exact: list[np.ndarray] = []
         for name in names:
-            rows.append(measure(name, args.model, args.text, Path(folder), exact))
-            row = rows[-1]
+            row = measure(name, args.model, args.text, Path(folder), exact, args.device)
+            rows.append(row)
+            row["percent_more"] = 100 * (row["perplexity"] / rows[0]["perplexity"] - 1)
             print(
                 f"{name:<10} {row['stored_as']:<14} {row['perplexity']:>10.4f} "
-                f"{row['relative_l2']:>9.2e} {row['kl']:>9.2e} {row['seconds']:>6.0f}",
+                f"{row['percent_more']:>+8.3f} {row['relative_l2']:>9.2e} {row['kl']:>9.2e} "
+                f"{row['seconds']:>6.0f}",
                 flush=True,
             )
+    device = rows[0]["device"]
+    print(f"device: {device}")
     if args.write:
-        write(RESULTS, {**about("accuracy"), "results": rows})
+        kind = device.partition(":")[0]
+        name = RESULTS if kind == "reference" else f"{RESULTS}_{kind}"
+        record = {"model": args.model.name, "device": device, "results": rows}
+        write(name, {**about("accuracy"), **record})
 
 
 def measure(
-    name: str, model: Path, text: Path, folder: Path, exact: list[np.ndarray]
+    name: str, model: Path, text: Path, folder: Path, exact: list[np.ndarray], device: str = "auto"
 ) -> dict[str, Any]:
     """One row of the table. `exact` gets float32's logits, or gives them."""
     start = time.perf_counter()
     engine = build_engine(name, model, folder / name)
     nll, kl, error, norm = [], [], 0.0, 0.0
-    with LLM(engine) as llm:
+    with LLM(engine, device=device) as llm:
+        assert llm.session is not None
+        device = llm.session.device_name
         stored_as = llm.config.quant if llm.config.quant != "none" else llm.config.dtype
         for i, ids in enumerate(windows(model, text)):
             logits = llm.logits(ids)
@@ -100,6 +118,7 @@ def measure(
         "format": name,
         "stored_as": stored_as,
         "options": FORMATS[name],
+        "device": device,
         "perplexity": float(np.exp(np.mean(np.concatenate(nll)))),
         "relative_l2": (error / norm) ** 0.5,
         "kl": float(np.mean(np.concatenate(kl))),
