@@ -117,8 +117,7 @@ PUNA_API int puna_program_down(Program* program, const float* act_TF, const Line
 PUNA_API int puna_program_head(Program* program, const Stream* x, const int32_t* rows_L,
                                int num_rows, const Norm* norm, const Linear* linear,
                                float* logits_LV, int64_t stride) {
-  return succeeds(
-      [&] { program->head(*x, rows_L, num_rows, *norm, *linear, logits_LV, stride); });
+  return succeeds([&] { program->head(*x, rows_L, num_rows, *norm, *linear, logits_LV, stride); });
 }
 PUNA_API int puna_program_end(Program* program) {
   return succeeds([&] { program->end(); });
@@ -127,8 +126,8 @@ PUNA_API int puna_program_run(Program* program) {
   return succeeds([&] { program->run(); });
 }
 
-PUNA_API void puna_pack_words(const void* x, int64_t num_rows, int64_t row_bytes,
-                              int64_t num_words, void* out) {
+PUNA_API void puna_pack_words(const void* x, int64_t num_rows, int64_t row_bytes, int64_t num_words,
+                              void* out) {
   pack_words(x, num_rows, row_bytes, num_words, out);
 }
 PUNA_API void puna_pack_integers(const void* q, int bits, int has_min, int64_t num_rows,

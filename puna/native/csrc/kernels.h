@@ -1,26 +1,32 @@
 // What the program asks of the arithmetic: plain structs and a table of functions, filled once for
-// each instruction set (isa_*.cpp). Kernels know rows and tiles; they know no threads, no batches and
-// no model.
+// each instruction set (isa_*.cpp). Kernels know rows and tiles; they know no threads, no batches
+// and no model.
 //
-// Shape suffixes as in puna/ops/__init__.py: T tokens, D hidden, H query heads, K KV heads, E head_dim,
-// N KV blocks, P block size. A tile is 16 output rows of a matrix (puna/layout.py).
+// Shape suffixes as in puna/ops/__init__.py: T tokens, D hidden, H query heads, K KV heads, E
+// head_dim, N KV blocks, P block size. A tile is 16 output rows of a matrix (puna/layout.py).
 #pragma once
 
 #include <cstdint>
 
 enum MatrixKind : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3, INT4 = 4 };
-enum CacheKind : int32_t { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_BFLOAT16 = 2, CACHE_INT8 = 3 };
+enum CacheKind : int32_t {
+  CACHE_FLOAT32 = 0,
+  CACHE_FLOAT16 = 1,
+  CACHE_BFLOAT16 = 2,
+  CACHE_INT8 = 3
+};
 
-constexpr int TILE = 16;     // rows of a matrix in a tile
-constexpr int BLOCK = 16;    // tokens in a KV block
-constexpr int CONTEXT = 128; // context positions that attention sums at a time, always the same ones
-constexpr int PAD = 32;      // columns are padded to this
+constexpr int TILE = 16;   // rows of a matrix in a tile
+constexpr int BLOCK = 16;  // tokens in a KV block
+constexpr int CONTEXT =
+    128;                 // context positions that attention sums at a time, always the same ones
+constexpr int PAD = 32;  // columns are padded to this
 
 // A packed matrix [n, k] in layout "tiles".
 struct Matrix {
-  int32_t kind;       // MatrixKind
+  int32_t kind;  // MatrixKind
   int32_t n, k;
-  int32_t group;      // columns a scale serves; 0: all of a row
+  int32_t group;  // columns a scale serves; 0: all of a row
   int32_t has_min;
   int32_t scale_f32;  // scales and minima are float32, else float16
   const void* data;
@@ -32,12 +38,12 @@ struct Matrix {
 enum Form : int32_t {
   AS_FLOAT = 1,
   AS_BF16 = 2,
-  AS_Q32 = 4,   // int8 with a scale for every 32 columns
-  AS_Q16 = 8,   // int8 with a scale for every 16 columns
+  AS_Q32 = 4,  // int8 with a scale for every 32 columns
+  AS_Q16 = 8,  // int8 with a scale for every 16 columns
 };
 
-// Rows of activations in the forms that were asked for. Row m of `q[i]` is at q[i] + m * stride, its
-// scales at scale[i] + m * (stride / 16); i = 0 for AS_Q32, 1 for AS_Q16.
+// Rows of activations in the forms that were asked for. Row m of `q[i]` is at q[i] + m * stride,
+// its scales at scale[i] + m * (stride / 16); i = 0 for AS_Q32, 1 for AS_Q16.
 struct Acts {
   int64_t stride;
   float* f;
@@ -50,11 +56,11 @@ struct Acts {
 
 // One layer's KV cache.
 struct Cache {
-  int32_t kind;            // CacheKind
+  int32_t kind;  // CacheKind
   int32_t num_kv_heads, head_dim;
   void* keys_NKEP;
   void* values_NKPE;
-  float* key_scales_NKP;   // CACHE_INT8 only
+  float* key_scales_NKP;  // CACHE_INT8 only
   float* value_scales_NKP;
 };
 
@@ -91,8 +97,8 @@ struct Kernels {
   void (*store_value)(const Cache* cache, int h, int slot, const float* x);
   // Rows q[r] of KV head h against positions start .. start + visible[r] of a sequence with block
   // table `blocks`; start is a multiple of CONTEXT, 1 <= visible[r] <= CONTEXT and ascending in r.
-  // Row r's result is at out + r * (E + 2). `scores` has room for rows * CONTEXT. Where `next` is not
-  // null, what it names is fetched on the way.
+  // Row r's result is at out + r * (E + 2). `scores` has room for rows * CONTEXT. Where `next` is
+  // not null, what it names is fetched on the way.
   void (*attend)(const Cache* cache, int h, const int32_t* blocks, int start, int rows,
                  const float* const* q, const int32_t* visible, float scale, const Stretch* next,
                  float* scores, float* out);

@@ -44,9 +44,7 @@ void pack_integers(const void* q, int bits, bool has_min, int64_t num_rows, int6
   if (bits == 8) {
     const uint32_t zero = has_min ? 0 : 0x80808080u;  // q + 128
     pack(q, num_rows, num_cols, padded(num_cols) / 4, zero, out,
-         [=](const unsigned char* row, int64_t j) {
-           return zero ^ word_at(row, 4 * j, num_cols);
-         });
+         [=](const unsigned char* row, int64_t j) { return zero ^ word_at(row, 4 * j, num_cols); });
     return;
   }
   const uint32_t zero = has_min ? 0 : 0x88888888u;  // q + 8

@@ -5,7 +5,8 @@
 
 namespace {
 
-// Rows of a GEMM whose results are kept in `Private::y` at a time; a multiple of the register tiles.
+// Rows of a GEMM whose results are kept in `Private::y` at a time; a multiple of the register
+// tiles.
 constexpr int Y_ROWS = 48;
 // Tiles at a time where there is one row, at most, and bytes of weights that make a piece of work
 // worth handing out.
@@ -43,15 +44,14 @@ void by_part(const Linear& linear, int64_t first, int64_t last, Work work) {
     const Matrix& part = linear.parts[i];
     const int64_t end = begin + tiles_of(part);
     const int64_t from = std::max(first, begin), to = std::min(last, end);
-    if (from < to)
-      work(part, static_cast<int>(from - begin), static_cast<int>(to - begin), column);
+    if (from < to) work(part, static_cast<int>(from - begin), static_cast<int>(to - begin), column);
     begin = end;
     column += part.n;
   }
 }
 
-// How a product is cut into pieces of work: `tiles` neighbouring tiles by `rows` rows. All rows of some
-// tiles follow each other, so that the weights stay near.
+// How a product is cut into pieces of work: `tiles` neighbouring tiles by `rows` rows. All rows of
+// some tiles follow each other, so that the weights stay near.
 struct Pieces {
   int64_t tiles, rows, row_steps, count;
 
@@ -83,24 +83,25 @@ void project(Machine& machine, int thread, const Linear& linear, const Acts& act
   const Pieces pieces(num_tiles, tile_bytes(linear.parts[0]), num_rows, Y_ROWS);
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
   const int64_t ld = pieces.tiles * TILE;
-  share_pieces(machine.pool, thread, pieces, num_tiles, num_rows, [&](int64_t first, int64_t last,
-                                                                      int m0, int m1) {
-    by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
-      const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
-      const int64_t at = column + t0 * TILE;
-      machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
-      for (int m = m0; m < m1; ++m) {
-        float* values = y + (m - m0) * ld;
-        if (linear.bias)
-          for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
-        emit(m, at, count, values);
-      }
-    });
-  });
+  share_pieces(machine.pool, thread, pieces, num_tiles, num_rows,
+               [&](int64_t first, int64_t last, int m0, int m1) {
+                 by_part(linear, first, last,
+                         [&](const Matrix& part, int t0, int t1, int64_t column) {
+                           const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
+                           const int64_t at = column + t0 * TILE;
+                           machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
+                           for (int m = m0; m < m1; ++m) {
+                             float* values = y + (m - m0) * ld;
+                             if (linear.bias)
+                               for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
+                             emit(m, at, count, values);
+                           }
+                         });
+               });
 }
 
-// With one row memory idles while every thread prepares the activations: let it bring the first weights
-// of this thread's share.
+// With one row memory idles while every thread prepares the activations: let it bring the first
+// weights of this thread's share.
 void fetch_first(Machine& machine, int thread, const Linear& linear, int num_rows) {
   if (num_rows > 1) return;
   const int64_t grain = single_grain(tile_bytes(linear.parts[0]));
@@ -241,8 +242,8 @@ void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const
     });
     project(m, thread, linear, acts, num_tokens,
             [&](int row, int64_t column, int count, const float* values) {
-              const int in_q = static_cast<int>(
-                  std::min<int64_t>(std::max<int64_t>(q_size - column, 0), count));
+              const int in_q =
+                  static_cast<int>(std::min<int64_t>(std::max<int64_t>(q_size - column, 0), count));
               std::copy(values, values + in_q, q_TQ + row * q_size + column);
               std::copy(values + in_q, values + count,
                         kv_TX + row * 2 * kv_size + (column + in_q - q_size));
@@ -298,14 +299,13 @@ struct AttentionWork {
 
   int64_t pieces(int s) const {
     const int n = queries(s);
-    const int64_t along = n == 1 ? num_chunks(batch.seq_lens_S[s])
-                                 : (n + tokens_at_once() - 1) / tokens_at_once();
+    const int64_t along =
+        n == 1 ? num_chunks(batch.seq_lens_S[s]) : (n + tokens_at_once() - 1) / tokens_at_once();
     return along * cache.num_kv_heads;
   }
 
   float* part(int s, int64_t chunk, int64_t head) const {
-    return attn_part +
-           ((s * max_chunks + chunk) * num_heads + head) * partial_size(cache.head_dim);
+    return attn_part + ((s * max_chunks + chunk) * num_heads + head) * partial_size(cache.head_dim);
   }
 
   const int32_t* table(int s) const {
@@ -333,7 +333,8 @@ struct AttentionWork {
         q[r] = head_of(row, h * shared + first + r);
         sees[r] = visible;
       }
-      // A single query reads its context once: while one stretch is computed, the next comes nearer.
+      // A single query reads its context once: while one stretch is computed, the next comes
+      // nearer.
       const int next_h = h + 1 < cache.num_kv_heads ? h + 1 : 0;
       const int next_start = next_h ? start : start + CONTEXT;
       const bool is_last = next_start + visible > batch.seq_lens_S[s];
@@ -375,8 +376,9 @@ struct AttentionWork {
       }
       for (int r = 0; r < rows; ++r) {
         const int64_t head = h * shared + g0 + r % heads;
-        k.finish(states + r * size, head_dim,
-                 attended_TQ + ((row0 + r / heads) * static_cast<int64_t>(num_heads) + head) * head_dim);
+        k.finish(
+            states + r * size, head_dim,
+            attended_TQ + ((row0 + r / heads) * static_cast<int64_t>(num_heads) + head) * head_dim);
       }
     }
   }
@@ -388,8 +390,7 @@ struct AttentionWork {
   void attend(int s, int h, int start, int rows, const float* const* q, const int32_t* visible,
               const Stretch* next, float* out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(cache.head_dim));
-    k.attend(&cache, h, table(s), start, rows, q, visible, scale, next,
-             own.scores, out);
+    k.attend(&cache, h, table(s), start, rows, q, visible, scale, next, own.scores, out);
   }
 
   // The partial results of a sequence with one query, folded in order, into out[Q].
@@ -399,8 +400,7 @@ struct AttentionWork {
     for (int h = 0; h < num_heads; ++h) {
       float* state = own.parts;
       std::copy(part(s, 0, h), part(s, 0, h) + partial_size(head_dim), state);
-      for (int64_t chunk = 1; chunk < chunks; ++chunk)
-        k.fold(state, part(s, chunk, h), head_dim);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) k.fold(state, part(s, chunk, h), head_dim);
       k.finish(state, head_dim, out + static_cast<int64_t>(h) * head_dim);
     }
   }
@@ -420,10 +420,14 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
   add([=, &m](int thread) {
     const Kernels& k = *m.kernels;
     Private& own = m.privates[static_cast<size_t>(thread)];
-    AttentionWork work{k,         batch,
-                       cache,     q_TQ,
-                       num_heads, scratch.attn_part,
-                       scratch.max_chunks, scratch.attended_TQ,
+    AttentionWork work{k,
+                       batch,
+                       cache,
+                       q_TQ,
+                       num_heads,
+                       scratch.attn_part,
+                       scratch.max_chunks,
+                       scratch.attended_TQ,
                        own};
     int64_t total = 0;
     for (int s = 0; s < batch.num_seqs; ++s) total += work.pieces(s);
@@ -482,20 +486,20 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
     float *const y_gate = own.y, *const y_up = own.y + pieces.rows * ld;
     share_pieces(m.pool, thread, pieces, num_tiles, num_tokens,
                  [&](int64_t first, int64_t last, int m0, int m1) {
-      const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
-      const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
-      k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
-      k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
-      for (int row = m0; row < m1; ++row) {
-        float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
-        if (linear.bias)
-          for (int i = 0; i < count; ++i) {
-            g[i] += linear.bias[column + i];
-            u[i] += linear.bias[ffn + column + i];
-          }
-        k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
-      }
-    });
+                   const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
+                   const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
+                   k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
+                   k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
+                   for (int row = m0; row < m1; ++row) {
+                     float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
+                     if (linear.bias)
+                       for (int i = 0; i < count; ++i) {
+                         g[i] += linear.bias[column + i];
+                         u[i] += linear.bias[ffn + column + i];
+                       }
+                     k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
+                   }
+                 });
     m.pool.barrier();
   });
   is_unsettled_ = num_tokens == 1;

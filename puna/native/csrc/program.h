@@ -17,8 +17,8 @@
 
 struct Linear {
   int32_t num_parts;
-  Matrix parts[3];     // their rows in order
-  const float* bias;   // or null
+  Matrix parts[3];    // their rows in order
+  const float* bias;  // or null
 };
 
 struct Stream {
@@ -58,11 +58,11 @@ struct Scratch {
 // What one thread keeps to itself.
 struct Private {
   std::vector<unsigned char> memory;
-  Acts acts;       // one row
-  float* x;        // a row of floats
-  float* y;        // a register tile's results, on their way to an array
-  float* scores;   // attention: rows x CONTEXT
-  float* parts;    // attention: rows x (E + 2), twice
+  Acts acts;      // one row
+  float* x;       // a row of floats
+  float* y;       // a register tile's results, on their way to an array
+  float* scores;  // attention: rows x CONTEXT
+  float* parts;   // attention: rows x (E + 2), twice
 };
 
 // One engine's threads, the instruction set they use, and what each keeps to itself.

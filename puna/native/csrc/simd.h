@@ -1,9 +1,9 @@
 // Sixteen lanes of float32 or int32, whatever the width of the machine's registers.
 //
-// Every kernel is written once against F16 and I16 and compiled once for each instruction set, which
-// differ only in this file. Everything lies in an anonymous namespace and uses no templates of the
-// standard library: a function that two of these compilations shared could be merged by the linker
-// into the one that needs the newer processor.
+// Every kernel is written once against F16 and I16 and compiled once for each instruction set,
+// which differ only in this file. Everything lies in an anonymous namespace and uses no templates
+// of the standard library: a function that two of these compilations shared could be merged by the
+// linker into the one that needs the newer processor.
 //
 // fma is one rounding where the instruction exists and two elsewhere; nothing else differs between
 // instruction sets but the dot products of bfloat16 (dot_bf16).
@@ -31,7 +31,8 @@ namespace {
 
 constexpr int LANES = 16;
 
-// ---- one register: VF floats, VI int32; NV of them make sixteen lanes ----------------------------
+// ---- one register: VF floats, VI int32; NV of them make sixteen lanes
+// ----------------------------
 
 #if defined(PUNA_AVX512)
 
@@ -397,11 +398,11 @@ PUNA_INLINE I16 high4(I16 x) {
   return x;
 }
 // The first or the second of two 16-bit numbers in every lane.
-#define PUNA_HALVES(name, native)            \
-  PUNA_INLINE F16 name(I16 x) {              \
-    F16 r;                                   \
-    PUNA_EACH(i) r.v[i] = native(x.v[i]);    \
-    return r;                                \
+#define PUNA_HALVES(name, native)         \
+  PUNA_INLINE F16 name(I16 x) {           \
+    F16 r;                                \
+    PUNA_EACH(i) r.v[i] = native(x.v[i]); \
+    return r;                             \
   }
 PUNA_HALVES(even_bf16, veven_bf16)
 PUNA_HALVES(odd_bf16, vodd_bf16)
@@ -419,6 +420,9 @@ PUNA_INLINE I16 dot4(I16 acc, I16 w, X16 x) {
   PUNA_EACH(i) acc.v[i] = vdot4(acc.v[i], w.v[i], x.v);
   return acc;
 }
+
+// Bring a cache line nearer, into L2.
+PUNA_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 PUNA_INLINE float lane0(F16 x) {
   float a[LANES];
@@ -490,9 +494,7 @@ PUNA_INLINE F16 exp(F16 x) {
   p = add(fma(p, mul(r, r), r), splat(1.0f));
   I16 exponent = shift_left(add(n, splat_int(127)), 23);
   F16 result;
-  PUNA_EACH(i) {
-    result.v[i] = vzero_below(vmul(p.v[i], vbits(exponent.v[i])), x.v[i], low.v[i]);
-  }
+  PUNA_EACH(i) { result.v[i] = vzero_below(vmul(p.v[i], vbits(exponent.v[i])), x.v[i], low.v[i]); }
   return result;
 }
 
