@@ -1,4 +1,4 @@
-"""Files that lie in the page cache, and are mapped, in huge pages where the system has them.
+"""Huge pages, where the system has them: for files in the page cache, and for large arrays.
 
 Reading weights through pages of 4 KiB costs a fifth of the speed on a virtual machine (2 threads of
 a Zen 4, 2026-11; benchmarks/NOTES.md): the processor looks up each page. Linux keeps a file's pages
@@ -9,6 +9,7 @@ them says so. Elsewhere these functions do the same without.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 from functools import cache
@@ -57,6 +58,19 @@ def _advise(mapped: mmap.mmap) -> None:
         mapped.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
         return  # a kernel without huge pages
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    """An array of zeros whose pages come into being when they are touched."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < HUGE_PAGE:
+        return np.zeros(shape, dtype)
+    # A page more, so that the array can begin with one.
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE)
+    _advise(memory)
+    data = np.frombuffer(memory, np.uint8)
+    first = -data.ctypes.data % HUGE_PAGE
+    return data[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 def reserve(descriptor: int, size: int) -> None:

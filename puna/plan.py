@@ -25,7 +25,7 @@ from puna.engine import (
 from puna.errors import ConfigError
 from puna.mapping import check_parallel
 from puna.memory import rank_memory
-from puna.quant import DTYPES, Format
+from puna.quant import DTYPES, KV_DTYPES, Format
 from puna.spec import GenerationDefaults, ModelSpec
 from puna.weights import checkpoint_weights, engine_weights
 
@@ -48,7 +48,7 @@ class BuildConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     quant: Quant = "auto"
     group_size: int | None = None
-    kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "float16", "bfloat16", "fp8", "int8"] = "auto"
     tp_size: int = 1
     pp_size: int = 1
     target: str = "auto"
@@ -61,6 +61,9 @@ class BuildConfig:
             raise ConfigError(f"dtype {self.dtype!r}: use one of auto, {', '.join(DTYPES)}")
         if self.quant not in get_args(Quant):
             raise ConfigError(f"quant {self.quant!r}: use one of {', '.join(get_args(Quant))}")
+        if self.kv_dtype not in ("auto", "fp8", *KV_DTYPES):
+            known = ", ".join(("auto", "fp8", *KV_DTYPES))
+            raise ConfigError(f"kv_dtype {self.kv_dtype!r}: use one of {known}")
         for name in ("max_seq_len", "max_batch_size", "max_num_tokens", "tp_size", "pp_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 < value < 2**31):
@@ -185,14 +188,15 @@ def _quant(
 
 
 def _kv_dtype(config: BuildConfig, dtype: str) -> tuple[str, str]:
-    if config.kv_dtype == "auto":
-        return dtype, "the same as dtype"
-    if config.kv_dtype != "int8":
+    if config.kv_dtype == "fp8":
         raise ConfigError(
-            f"kv-dtype {config.kv_dtype} is not available on target cpu in this version: use auto "
-            "or int8"
+            "kv-dtype fp8 is not available on target cpu in this version: use auto or int8"
         )
-    return "int8", "as asked"
+    if config.kv_dtype != "auto":
+        return config.kv_dtype, "as asked"
+    if dtype == "bfloat16":
+        return "float16", "as small as bfloat16 and finer; keys and values are far within its range"
+    return dtype, "the same as dtype"
 
 
 def _ffn_multiple(config: BuildConfig, weights: dict[str, Format]) -> tuple[int, str]:

@@ -15,6 +15,15 @@ from typing import Any
 import pytest
 
 from puna.errors import PunaError
+from puna.native.library import find_library, why_missing
+
+
+@pytest.fixture(scope="session", params=["reference", "cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that runs cpu engines; the test of the native one skips without the library."""
+    if request.param == "cpu" and find_library() is None:
+        pytest.skip(f"needs the native library: {why_missing()}")
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,9 @@ def _add(
     add("--group-size", type=int, metavar="N", help="weights that share a scale; 0: a whole row")
     add(
         "--kv-dtype",
-        choices=("auto", "fp8", "int8"),
+        choices=("auto", "float32", "float16", "bfloat16", "fp8", "int8"),
         default="auto",
-        help="of the KV cache (default: as --dtype)",
+        help="of the KV cache (default: as --dtype, and float16 for bfloat16)",
     )
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: 1)")
     add("--pp", type=int, default=1, metavar="N", help="pipeline stages (default: 1)")

@@ -123,8 +123,9 @@ class Ops(Protocol):
         """Reduce into the residual, norm, project to q, k, v; rotate q and k by their positions;
         store k and v at slots_T; write q.
 
-        A float cache is rounded to its dtype. For an int8 cache, in float32, over the E numbers of
-        a token and KV head: scale = max|x| / 127, q = rint(x * (127 / max|x|)), all 0 for zeros.
+        A float cache is rounded to its dtype, a float16 one after clipping to its range. For an
+        int8 cache, in float32, over the E numbers of a token and KV head: scale = max|x| / 127,
+        q = rint(x * (127 / max|x|)), all 0 where max|x| is at most 1e-30.
         """
         ...
 

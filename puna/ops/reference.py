@@ -30,6 +30,8 @@ from puna.quant import Array, Format, to_float32
 # over the weights (OpenBLAS 0.3.31, 2 cores of a Xeon with AVX-512, 2026-11; benchmarks/NOTES.md).
 TILE = 16
 CONTEXT = 256
+FLOAT16_MAX = np.float32(65504)
+TINY = np.float32(1e-30)  # the inverse of a smaller number's scale would overflow
 
 
 class ReferenceProgram:
@@ -155,6 +157,8 @@ def _qkv(
         k_TKE, cache.key_scales_NKP[block_T, :, offset_T] = _quantise_kv(k_TKE)
         v_TKE, cache.value_scales_NKP[block_T, :, offset_T] = _quantise_kv(v_TKE)
     dtype = cache.values_NKPE.dtype
+    if dtype == np.float16:
+        k_TKE, v_TKE = (np.clip(x, -FLOAT16_MAX, FLOAT16_MAX) for x in (k_TKE, v_TKE))
     cache.keys_NKEP[block_T, :, :, offset_T] = k_TKE.astype(dtype)
     cache.values_NKPE[block_T, :, offset_T] = v_TKE.astype(dtype)
 
@@ -164,7 +168,7 @@ def _quantise_kv(x_TKE: Array) -> tuple[Array, Array]:
     largest_TK1 = np.abs(x_TKE).max(axis=2, keepdims=True)
     limit = np.float32(127)
     inverse_TK1 = np.zeros_like(largest_TK1)
-    np.divide(limit, largest_TK1, out=inverse_TK1, where=largest_TK1 > 0)
+    np.divide(limit, largest_TK1, out=inverse_TK1, where=largest_TK1 > TINY)
     return np.rint(x_TKE * inverse_TK1).astype(np.int8), (largest_TK1 / limit)[:, :, 0]
 
 

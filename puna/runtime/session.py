@@ -20,7 +20,7 @@ from puna.batch import ForwardBatch
 from puna.cpu.ops import CpuOps, instruction_sets
 from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
-from puna.huge_pages import map_file
+from puna.huge_pages import empty, map_file
 from puna.layout import ArraySpec
 from puna.manifest import check_files, read_manifest
 from puna.memory import (
@@ -339,7 +339,7 @@ def _make_ops(
 
 
 def _allocate(specs: dict[str, ArraySpec]) -> dict[str, Array]:
-    return {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items()}
+    return {name: empty(shape, dtype) for name, (dtype, shape) in specs.items()}
 
 
 def _lower_limits(

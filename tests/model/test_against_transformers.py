@@ -1,8 +1,8 @@
 """The whole model against transformers' LlamaForCausalLM with the same weights.
 
 float32 logits of 64 prefilled and 16 decoded tokens agree to 1e-4 (relative L2, the bar; measured:
-about 1e-6), over the variants of the family. In half precision the error against the float32 model
-is at most twice the error that transformers makes in that dtype.
+about 1e-6), over the variants of the family and on both devices. In half precision the error
+against the float32 model is at most twice the error that transformers makes in that dtype.
 """
 
 from __future__ import annotations
@@ -94,9 +94,12 @@ def transformers_logits(model: Any, token_ids: list[int]) -> np.ndarray:
     return torch.cat(rows).float().numpy()
 
 
-def puna_logits(checkpoint: Path, engine: Path, token_ids: list[int], dtype: str) -> np.ndarray:
+def puna_logits(
+    checkpoint: Path, engine: Path, token_ids: list[int], dtype: str, device: str
+) -> np.ndarray:
     build(checkpoint, engine, BuildConfig(dtype=dtype, max_seq_len=128))  # type: ignore[arg-type]
-    with LLM(engine) as llm:
+    with LLM(engine, device=device) as llm:
+        assert llm.session is not None and llm.session.device == device
         return llm.logits(token_ids, num_prefill=NUM_PREFILL)
 
 
@@ -105,28 +108,34 @@ def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - wide) / np.linalg.norm(wide))
 
 
-def check_float32(checkpoint: Path, engine: Path) -> None:
+def check_float32(checkpoint: Path, engine: Path, device: str) -> None:
     model = load(checkpoint)
     ids = tokens(model.config.vocab_size)
     expected = transformers_logits(model, ids)
-    found = puna_logits(checkpoint, engine, ids, "float32")
+    found = puna_logits(checkpoint, engine, ids, "float32", device)
     assert found.shape == expected.shape and found.dtype == np.float32
     error = relative_l2(found, expected)
     assert error <= BAR, error
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_and_biases_in_float32(name: str, random_llama: RandomLlama, tmp_path: Path) -> None:
-    check_float32(random_llama(**SHAPES[name]), tmp_path / "engine")
+def test_shapes_and_biases_in_float32(
+    name: str, random_llama: RandomLlama, tmp_path: Path, device: str
+) -> None:
+    check_float32(random_llama(**SHAPES[name]), tmp_path / "engine", device)
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_rope_scalings_in_float32(name: str, random_llama: RandomLlama, tmp_path: Path) -> None:
-    check_float32(random_llama(**rope_config(name)), tmp_path / "engine")
+def test_rope_scalings_in_float32(
+    name: str, random_llama: RandomLlama, tmp_path: Path, device: str
+) -> None:
+    check_float32(random_llama(**rope_config(name)), tmp_path / "engine", device)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_members_of_the_family(seed: int, random_llama: RandomLlama, tmp_path: Path) -> None:
+def test_random_members_of_the_family(
+    seed: int, random_llama: RandomLlama, tmp_path: Path, device: str
+) -> None:
     rng = np.random.default_rng(seed)
     num_kv_heads = int(rng.choice([1, 2, 3]))
     num_heads = num_kv_heads * int(rng.choice([1, 2, 3]))
@@ -144,7 +153,7 @@ def test_random_members_of_the_family(seed: int, random_llama: RandomLlama, tmp_
         "attention_bias": bool(rng.integers(2)),
         "mlp_bias": bool(rng.integers(2)),
     }
-    check_float32(random_llama(seed=seed, **config), tmp_path / "engine")
+    check_float32(random_llama(seed=seed, **config), tmp_path / "engine", device)
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -159,7 +168,7 @@ def test_each_rope_scaling_changes_the_logits(name: str, random_llama: RandomLla
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gqa", "attention-bias", "hidden-144-ffn-200"])
 def test_half_precision_errs_at_most_twice_as_much(
-    name: str, dtype: str, random_llama: RandomLlama, tmp_path: Path
+    name: str, dtype: str, random_llama: RandomLlama, tmp_path: Path, device: str
 ) -> None:
     half = load(random_llama(**SHAPES[name]), getattr(torch, dtype))
     rounded = tmp_path / "rounded"
@@ -168,5 +177,5 @@ def test_half_precision_errs_at_most_twice_as_much(
     ids = tokens(exact.config.vocab_size)
     expected = transformers_logits(exact, ids)
     allowed = relative_l2(transformers_logits(half, ids), expected)
-    found = relative_l2(puna_logits(rounded, tmp_path / "engine", ids, dtype), expected)
+    found = relative_l2(puna_logits(rounded, tmp_path / "engine", ids, dtype, device), expected)
     assert 0 < found <= 2 * allowed, (found, allowed)

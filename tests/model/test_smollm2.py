@@ -28,18 +28,38 @@ def token_ids() -> list[int]:
     return np.random.default_rng(11).integers(0, 49152, NUM_PREFILL + NUM_DECODE).tolist()
 
 
-def logits(gguf: Path, engine: Path, config: BuildConfig, token_ids: list[int]) -> np.ndarray:
-    build(gguf, engine, config)
-    with LLM(engine) as llm:
+def logits(engine: Path, token_ids: list[int], device: str) -> np.ndarray:
+    with LLM(engine, device=device) as llm:
+        assert llm.session is not None and llm.session.device == device
         return llm.logits(token_ids, num_prefill=NUM_PREFILL)
 
 
 @pytest.fixture(scope="module")
-def dequantised(
-    smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory, token_ids: list[int]
-) -> np.ndarray:
+def dequantised_engine(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BuildConfig(quant="none", dtype="float32", **LIMITS)
-    return logits(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "f32", config, token_ids)
+    return build(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "f32", config).path
+
+
+@pytest.fixture(scope="module")
+def kept_engine(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = BuildConfig(dtype="float32", **LIMITS)
+    return build(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "kept", config).path
+
+
+@pytest.fixture(scope="module")
+def dequantised(dequantised_engine: Path, token_ids: list[int], device: str) -> np.ndarray:
+    return logits(dequantised_engine, token_ids, device)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    smollm2_gguf: Path, token_ids: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> np.ndarray:
+    """The logits of transformers."""
+    model = transformers_model(smollm2_gguf, tmp_path_factory.mktemp("transformers"))
+    assert model.config.rope_parameters["rope_theta"] == 100000.0
+    with torch.no_grad():
+        return model(torch.tensor([token_ids])).logits[0].numpy()
 
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
@@ -61,13 +81,7 @@ def transformers_model(gguf: Path, folder: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_dequantised_float32_is_transformers(
-    smollm2_gguf: Path, dequantised: np.ndarray, token_ids: list[int], tmp_path: Path
-) -> None:
-    model = transformers_model(smollm2_gguf, tmp_path)
-    assert model.config.rope_parameters["rope_theta"] == 100000.0
-    with torch.no_grad():
-        expected = model(torch.tensor([token_ids])).logits[0].numpy()
+def test_dequantised_float32_is_transformers(dequantised: np.ndarray, expected: np.ndarray) -> None:
     error = relative_l2(dequantised, expected)
     assert error <= 1e-4, error
     assert np.array_equal(dequantised.argmax(axis=1), expected.argmax(axis=1))
@@ -75,31 +89,50 @@ def test_dequantised_float32_is_transformers(
 
 @pytest.mark.slow
 def test_kept_blocks_are_the_dequantised_weights(
-    smollm2_gguf: Path, dequantised: np.ndarray, token_ids: list[int], tmp_path: Path
+    kept_engine: Path, dequantised: np.ndarray, token_ids: list[int], device: str
 ) -> None:
-    """Blocks are repacked, never requantised, so only the KV cache's dtype could differ."""
-    kept = logits(
-        smollm2_gguf, tmp_path / "kept", BuildConfig(dtype="float32", **LIMITS), token_ids
-    )
-    assert np.array_equal(kept, dequantised)
+    """Blocks are repacked, never requantised, so only the KV cache's dtype could differ; and, on
+    the cpu device, the activations, which are rounded to int8 where weights are integers."""
+    kept = logits(kept_engine, token_ids, device)
+    if device == "reference":
+        assert np.array_equal(kept, dequantised)
+        return
+    error = relative_l2(kept, dequantised)
+    same = (kept.argmax(axis=1) == dequantised.argmax(axis=1)).mean()
+    print("MEASURED", error, same)
+    assert 0 < error < 0.05 and same >= 0.9, (error, same)
+
+
+def perplexity(engine: Path, windows: list[list[int]], device: str) -> float:
+    from benchmarks import accuracy
+
+    with LLM(engine, device=device) as llm:
+        assert llm.session is not None and llm.session.device == device
+        nll = [accuracy.negative_log_likelihood(llm.logits(ids), ids) for ids in windows]
+    assert all(len(values) == 1023 for values in nll)
+    return float(np.exp(np.concatenate(nll).mean()))
 
 
 @pytest.mark.slow
 def test_perplexity_of_wikitext2(
-    smollm2_gguf: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2_gguf: Path, shared_data: Path, tmp_path: Path, device: str
 ) -> None:
-    """The first of the four windows that benchmarks/accuracy.py measures: 13.70 (of 23.1 in all),
-    and int8 within 1 %."""
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
+    """The four windows that benchmarks/accuracy.py measures: 23.09, and within 0.5 % in int8 and in
+    the file's own Q4_1. The reference, which is slow, has the first alone: 13.70, and int8 within
+    1 %."""
     from benchmarks import accuracy
 
-    text = shared_data / "wikitext2" / "wiki.test.raw"
-    (ids, *_) = accuracy.windows(smollm2_gguf, text)
-    perplexity = {}
-    for name in ("float32", "int8"):
-        with LLM(accuracy.build_engine(name, smollm2_gguf, tmp_path / name)) as llm:
-            nll = accuracy.negative_log_likelihood(llm.logits(ids), ids)
-        assert len(nll) == 1023
-        perplexity[name] = float(np.exp(nll.mean()))
-    assert abs(perplexity["float32"] - 13.7046) < 0.03
-    assert abs(perplexity["int8"] / perplexity["float32"] - 1) < 0.01
+    windows = accuracy.windows(smollm2_gguf, shared_data / "wikitext2" / "wiki.test.raw")
+    assert len(windows) == 4
+    if device == "reference":
+        windows, names, exact, bound = windows[:1], ("int8",), (13.7046, 0.03), 0.01
+    else:
+        names, exact, bound = ("int8", "auto"), (23.09, 0.05), 0.005
+    found = {}
+    for name in ("float32", *names):
+        engine = accuracy.build_engine(name, smollm2_gguf, tmp_path / name)
+        found[name] = perplexity(engine, windows, device)
+    print("MEASURED", found)
+    assert abs(found["float32"] - exact[0]) < exact[1], found
+    for name in names:
+        assert abs(found[name] / found["float32"] - 1) < bound, (name, found)

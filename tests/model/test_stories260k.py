@@ -50,7 +50,7 @@ def test_both_forms_give_the_same_engine(quant: str, shared_data: Path, tmp_path
     assert read_config(tmp_path / "hf").weights == read_config(tmp_path / "meta").weights
 
 
-def test_greedy_tokens_are_transformers(stories: Path, tmp_path: Path) -> None:
+def test_greedy_tokens_are_transformers(stories: Path, tmp_path: Path, device: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
@@ -63,25 +63,30 @@ def test_greedy_tokens_are_transformers(stories: Path, tmp_path: Path) -> None:
 
     build(stories, tmp_path / "engine")
     params = SamplingParams(max_new_tokens=NUM_GREEDY, temperature=0.0, ignore_eos=True)
-    with LLM(tmp_path / "engine") as llm:
+    with LLM(tmp_path / "engine", device=device) as llm:
         (out,) = llm.generate([[1]], params)
     assert len(out.token_ids) == NUM_GREEDY
     assert list(out.token_ids) == expected
 
 
-def test_greedy_text_is_a_story(shared_data: Path, tmp_path: Path) -> None:
+def test_greedy_text_is_a_story(shared_data: Path, tmp_path: Path, device: str) -> None:
     build(shared_data / "stories260K" / "meta", tmp_path / "engine")
-    with LLM(tmp_path / "engine") as llm:
+    with LLM(tmp_path / "engine", device=device) as llm:
         (out,) = llm.generate(["Once upon a time"], SamplingParams(12, temperature=0.0))
     assert out.text.startswith(", there was a little girl named Lily"), out.text
 
 
-def test_an_int8_cache_hardly_changes_the_probabilities(stories: Path, tmp_path: Path) -> None:
+def test_an_int8_cache_hardly_changes_the_probabilities(
+    stories: Path, tmp_path: Path, device: str
+) -> None:
     """Measured: a divergence of 0.0007 nats a token with heads of 8, the fewest numbers a scale."""
     build(stories, tmp_path / "float32")
     build(stories, tmp_path / "int8", BuildConfig(kv_dtype="int8"))
     params = SamplingParams(max_new_tokens=150, temperature=0.0, ignore_eos=True)
-    with LLM(tmp_path / "float32") as exact, LLM(tmp_path / "int8") as rounded:
+    with (
+        LLM(tmp_path / "float32", device=device) as exact,
+        LLM(tmp_path / "int8", device=device) as rounded,
+    ):
         (story,) = exact.generate([[1]], params)
         expected, found = (
             log_softmax(llm.logits([1, *story.token_ids])) for llm in (exact, rounded)

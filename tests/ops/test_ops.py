@@ -172,6 +172,25 @@ def test_an_int8_cache_holds_the_rounded_numbers_and_scales_to_the_bit(
     assert expected.key_scales_NKP is not None and 0.0 in expected.key_scales_NKP
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(1e6, "float16"), (1e-36, "int8"), (0, "int8")])
+def test_qkv_of_extreme_sizes(
+    ops: Backend, rng: np.random.Generator, size: float, dtype: str
+) -> None:
+    """A float16 cache holds its largest number in place of infinity, an int8 one zeros."""
+    head_dim, step = 6, paged(rng, [Sequence(1, 1)], 1, 6, dtype)
+    norm = Norm(np.ones(6, np.float32), 1e-5)
+    eye = load_float32(ops, np.eye(6, dtype=np.float32) * np.float32(size))
+    x = Stream(np.ones((1, 6), np.float32), np.zeros((1, 6), np.float32))
+    rope = RopeTable(np.ones((1, 3), np.float32), np.zeros((1, 3), np.float32))
+    q_TQ = poisoned(1, head_dim)
+    linear = Linear((eye, eye, eye))
+    run(ops, lambda: ops.qkv(x, norm, linear, rope, step.batch, step.cache, q_TQ))
+    at = step.new_slots()[0]
+    expected = 65504.0 if dtype == "float16" else 0.0
+    for found in contents(step.cache):
+        assert np.array_equal(found[at], np.full((1, 6), expected)), found[at]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("head_dim", [6, 36])
 @pytest.mark.parametrize(

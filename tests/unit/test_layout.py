@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import puna.layout
+import puna.quant
 from puna.errors import EngineError
 from puna.layout import (
     array_specs,
@@ -15,11 +17,24 @@ from puna.layout import (
     unpack_dense,
     unpack_quantised,
 )
+from puna.native.packing import find_packer
 from puna.quant import DTYPES, Array, Format, QuantTensor, to_float32
 
 QUANTISED = ["int8", "int8-g32", "int8-g16-f32", "int8-g48", "int8-g32-min", "int8-min"]
 QUANTISED += ["int4", "int4-g16", "int4-g32", "int4-g32-min", "int4-g32-min-f32", "int4-g128"]
 SHAPES = [(1, 1), (5, 2), (15, 31), (16, 32), (17, 33), (35, 172), (48, 7)]
+
+
+@pytest.fixture(autouse=True, params=["numpy", "native"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds of both ways to pack."""
+    packer = None
+    if request.param == "native":
+        packer = find_packer()
+        if packer is None:
+            pytest.skip("needs the native library")
+    for module in (puna.layout, puna.quant):
+        monkeypatch.setattr(module, "find_packer", lambda: packer)
 
 
 def random_tensor(fmt: Format, num_rows: int, num_cols: int) -> QuantTensor:

@@ -45,7 +45,8 @@ def test_every_option_is_resolved_with_a_reason() -> None:
         assert value not in (None, "auto"), name
         assert len(why) > 5, name
     assert planned.resolved["dtype"] == ("bfloat16", "what the checkpoint holds")
-    assert planned.dtype == planned.kv_dtype == "bfloat16" and planned.quant == "none"
+    assert (planned.dtype, planned.kv_dtype) == ("bfloat16", "float16")
+    assert planned.quant == "none"
     assert planned.limits.max_seq_len == 4096
 
 
@@ -123,7 +124,9 @@ def test_every_matrix_is_stored_in_tiles_and_on_its_own() -> None:
 def test_kv_dtype() -> None:
     """int8 takes a byte a number, and four a token, KV head and layer for each of K and V."""
     usual, small = plan(facts(), BuildConfig()), plan(facts(), BuildConfig(kv_dtype="int8"))
-    assert (usual.kv_dtype, small.kv_dtype) == ("bfloat16", "int8")
+    assert (usual.kv_dtype, small.kv_dtype) == ("float16", "int8")
+    assert plan(facts(), BuildConfig(kv_dtype="bfloat16")).kv_dtype == "bfloat16"
+    assert plan(facts(), BuildConfig(dtype="float32")).kv_dtype == "float32"
     assert small.resolved["kv_dtype"] == ("int8", "as asked")
     tokens = usual.limits.num_blocks * usual.limits.block_size * SPEC.num_layers * 2
     assert usual.memory[0].kv_cache == tokens * SPEC.kv_size * 2

@@ -34,8 +34,9 @@ struct Stored<CACHE_FLOAT16> {
   typedef uint16_t Type;
   static PUNA_INLINE F16 get(const uint16_t* p) { return load_half(p); }
   static PUNA_INLINE void put(uint16_t* p, F16 x, int n) {
+    const F16 most = splat(65504), least = splat(-65504);  // rather than infinite
     uint16_t a[LANES];
-    store_half(a, x);
+    store_half(a, max(least, min(most, x)));
     memcpy(p, a, 2 * (size_t)n);
   }
 };
