@@ -2,7 +2,7 @@
 
     python -m benchmarks.first_token [--rounds 9] [--write]
 
-The checkpoint is what `puna quickstart` fetches; its build is timed too. Each round starts a process
+The checkpoint is what `puna quickstart` fetches; its build is timed too. Each round is a process
 of its own; the engine's files are in the system's cache, as they are after the build. Medians.
 """
 

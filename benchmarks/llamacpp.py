@@ -37,11 +37,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="in a turn")
+    parser.add_argument("--runs", default=",".join(name for name, _, _ in RUNS), help="which")
     parser.add_argument("--write", metavar="NAME", help="keep results/NAME.json")
     parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_peer:
-        print(json.dumps(peer(args.gguf, args.threads, args.rounds)))
+        print(json.dumps(peer(args.gguf, args.threads, args.rounds, _runs(args))))
         return
     found = compare(args)
     print(table(found))
@@ -51,12 +52,23 @@ def main() -> None:
         write(args.write, {**about("llamacpp"), **found})
 
 
+def _runs(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+    return [run for run in RUNS if run[0] in args.runs.split(",")]
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, list[float]]] = {
-        name: {"llama.cpp": [], "puna": [], "roofline": []} for name, _, _ in RUNS
+        name: {"llama.cpp": [], "puna": [], "roofline": []} for name, _, _ in _runs(args)
     }
     peer_command = [args.peer_python, __file__, str(args.gguf), "--as-peer"]
-    peer_command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
+    peer_command += [
+        "--threads",
+        str(args.threads),
+        "--rounds",
+        str(args.rounds),
+        "--runs",
+        args.runs,
+    ]
     version = ""
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "engine"
@@ -68,7 +80,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for turn in range(args.turns):
             theirs = _json(peer_command)
             version = theirs.pop("version")
-            for name, isl, osl in RUNS:
+            for name, isl, osl in _runs(args):
                 ours = _json(_puna(engine, args, isl, osl))
                 key = "prefill_tok_s" if name.startswith("prefill") else "tok_s"
                 rows[name]["llama.cpp"].append(theirs[name])
@@ -119,7 +131,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def peer(gguf: Path, threads: int, rounds: int) -> dict[str, Any]:
+def peer(gguf: Path, threads: int, rounds: int, runs: list[tuple[str, int, int]]) -> dict[str, Any]:
     """llama.cpp's side of RUNS: medians over the rounds, after one that does not count."""
     import ctypes
 
@@ -150,9 +162,9 @@ def peer(gguf: Path, threads: int, rounds: int) -> dict[str, Any]:
         assert status == 0, status
         return time.perf_counter() - start
 
-    rates: dict[str, list[float]] = {name: [] for name, _, _ in RUNS}
+    rates: dict[str, list[float]] = {name: [] for name, _, _ in runs}
     for i in range(1 + rounds):
-        for name, isl, osl in RUNS:
+        for name, isl, osl in runs:
             lc.llama_memory_clear(memory, True)
             prompt = seconds(isl)
             steps = [seconds(1) for _ in range(osl - 1)]

@@ -92,15 +92,22 @@ def test_kept_blocks_are_the_dequantised_weights(
     kept_engine: Path, dequantised: np.ndarray, token_ids: list[int], device: str
 ) -> None:
     """Blocks are repacked, never requantised, so only the KV cache's dtype could differ; and, on
-    the cpu device, the activations, which are rounded to int8 where weights are integers."""
+    the cpu device, the activations, which are rounded to int8 where weights are integers.
+
+    Random ids make many ties: 85 to 96 % of the most likely tokens were the same with three seeds
+    and four instruction sets, the error 0.0150 to 0.0176. Where another token won, it lacked at
+    most 0.21 (a row's logits have a standard deviation of 2.4); here 0.875, 0.0176 and 0.15.
+    """
     kept = logits(kept_engine, token_ids, device)
     if device == "reference":
         assert np.array_equal(kept, dequantised)
         return
     error = relative_l2(kept, dequantised)
-    same = (kept.argmax(axis=1) == dequantised.argmax(axis=1)).mean()
-    print("MEASURED", error, same)
-    assert 0 < error < 0.05 and same >= 0.9, (error, same)
+    winners = kept.argmax(axis=1)
+    is_same = winners == dequantised.argmax(axis=1)
+    lacking = dequantised.max(axis=1) - dequantised[np.arange(len(winners)), winners]
+    assert 0 < error < 0.02, error
+    assert is_same.mean() >= 0.85 and lacking.max() < 0.2, (is_same.mean(), lacking.max())
 
 
 def perplexity(engine: Path, windows: list[list[int]], device: str) -> float:
@@ -132,7 +139,6 @@ def test_perplexity_of_wikitext2(
     for name in ("float32", *names):
         engine = accuracy.build_engine(name, smollm2_gguf, tmp_path / name)
         found[name] = perplexity(engine, windows, device)
-    print("MEASURED", found)
     assert abs(found["float32"] - exact[0]) < exact[1], found
     for name in names:
         assert abs(found[name] / found["float32"] - 1) < bound, (name, found)
