@@ -66,11 +66,16 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dt
     if num_bytes < HUGE_PAGE:
         return np.zeros(shape, dtype)
     # A page more, so that the array can begin with one.
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE)
+    memory = _anonymous(num_bytes + HUGE_PAGE)
     _advise(memory)
     data = np.frombuffer(memory, np.uint8)
     first = -data.ctypes.data % HUGE_PAGE
     return data[first : first + num_bytes].view(dtype).reshape(shape)
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    """Memory of this process alone: by default it would be shared, and such has no huge pages."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def reserve(descriptor: int, size: int) -> None:

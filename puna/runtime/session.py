@@ -307,8 +307,8 @@ def _choose_device(device: str, config: EngineConfig) -> _Choice:
             f"the engine was built for {config.target}, this version of puna runs cpu engines: "
             "build it again with --target cpu"
         )
-    name, _, instruction_set = device.partition(":")
-    if name not in DEVICES or (instruction_set and name != "cpu"):
+    name, colon, instruction_set = device.partition(":")
+    if name not in DEVICES or (colon and (name != "cpu" or not instruction_set)):
         raise EngineError(
             f"device {device!r} is not in this version of puna: use one of {', '.join(DEVICES)}"
         )

@@ -151,6 +151,7 @@ PUNA_API void puna_quantize(const float* x, int64_t num_rows, int num_cols, int 
 // Read bandwidth in GB/s: all threads over one buffer of num_bytes, best of `rounds`; 0 where the
 // memory cannot be had.
 PUNA_API double puna_read_bandwidth(int num_threads, int64_t num_bytes, int rounds) {
+  if (num_threads < 1) return 0;
   void* buffer = mmap(nullptr, static_cast<size_t>(num_bytes), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (buffer == MAP_FAILED) return 0;

@@ -68,9 +68,13 @@ uint64_t read_memory(const void* p, int64_t num_bytes) {
       fetch(at + j * 64 + PREFETCH);
       a[j] = add(a[j], load_bytes(at + j * 64));
     }
-  int64_t total = 0;
-  for (int j = 0; j < 8; ++j) total += sum(a[j]);
-  return (uint64_t)total;
+  uint64_t total = 0;
+  for (int j = 0; j < 8; ++j) {
+    uint32_t lanes[LANES];
+    memcpy(lanes, &a[j], sizeof lanes);
+    for (uint32_t lane : lanes) total += lane;
+  }
+  return total;
 }
 
 const Kernels TABLE = {

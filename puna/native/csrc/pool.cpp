@@ -41,14 +41,14 @@ Pool::Pool(int num_threads)
     for (int thread = 1; thread < num_threads; ++thread)
       threads_.emplace_back([this, thread] { work(thread); });
   } catch (...) {  // the system has no more threads: end those that were made
-    is_ending_ = true;
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
+    end_threads();
     throw;
   }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end_threads(); }
+
+void Pool::end_threads() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     is_ending_ = true;

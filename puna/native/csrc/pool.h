@@ -57,6 +57,7 @@ class Pool {
 
   void work(int thread);
   void reset_cursors();
+  void end_threads();
 
   const int num_threads_;
   std::unique_ptr<Cursor[]> cursors_;
