@@ -132,6 +132,20 @@ const Acts& prepared(Machine& machine, int thread, const Acts& shared, int num_r
   return shared;
 }
 
+// Results become the stream's partial; the one before is added to the residual where that is due.
+struct WritePartial {
+  const Stream& x;
+  bool settles;
+
+  void operator()(int row, int64_t column, int count, const float* values) const {
+    float* partial = x.partial_TD + static_cast<int64_t>(row) * x.hidden_size + column;
+    float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size + column;
+    if (settles)
+      for (int i = 0; i < count; ++i) residual[i] += partial[i];
+    std::copy(values, values + count, partial);
+  }
+};
+
 int64_t num_chunks(int context) { return (context + CONTEXT - 1) / CONTEXT; }
 
 }  // namespace
@@ -450,14 +464,7 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
           }
           k.convert(attended, static_cast<int>(q_size), wanted, &a, at);
         });
-    project(m, thread, out, acts, num_tokens,
-            [&](int row, int64_t column, int count, const float* values) {
-              float* partial = x.partial_TD + static_cast<int64_t>(row) * x.hidden_size + column;
-              float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size + column;
-              if (settles)
-                for (int i = 0; i < count; ++i) residual[i] += partial[i];
-              std::copy(values, values + count, partial);
-            });
+    project(m, thread, out, acts, num_tokens, WritePartial{x, settles});
     m.pool.barrier();
   });
 }
@@ -519,14 +526,7 @@ void Program::down(const float* act_TF, const Linear& linear, const Stream& x) {
     const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
       m.kernels->convert(act_TF + static_cast<int64_t>(row) * ffn, ffn, wanted, &a, at);
     });
-    project(m, thread, linear, acts, num_tokens,
-            [&](int row, int64_t column, int count, const float* values) {
-              float* partial = x.partial_TD + static_cast<int64_t>(row) * x.hidden_size + column;
-              float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size + column;
-              if (settles)
-                for (int i = 0; i < count; ++i) residual[i] += partial[i];
-              std::copy(values, values + count, partial);
-            });
+    project(m, thread, linear, acts, num_tokens, WritePartial{x, settles});
     m.pool.barrier();
   });
 }
