@@ -52,7 +52,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "install_s": round(installed - start, 1),
         "quickstart_s": round(done - installed, 1),
         "total_s": round(done - start, 1),
-        "answers_paris": "Paris" in answer,
+        "answers_tokyo": "Tokyo" in answer,
         "has_torch": bool(re.search(r"^torch==", packages, re.M)),
         "import_s": _import_seconds(python, folder),
     }

@@ -14,7 +14,7 @@ Talk to an engine whose checkpoint was trained to answer.
 
   puna chat engine
   puna chat engine --system "Answer in one sentence." --temperature 0.7
-  echo "What is the capital of France?" | puna chat engine
+  echo "What is the capital of Japan?" | puna chat engine
 
 An empty line or Ctrl-D ends the conversation; /new starts another; Ctrl-C stops an answer.
 """

