@@ -146,7 +146,7 @@ struct Integer {
           I16 v[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1) fetch(at + PREFETCH);
+            if (MT == 1 && j % 2 == 0) fetch(at + PREFETCH);
             v[n] = load_bytes(at);
           }
           for (int m = 0; m < MT; ++m) {
@@ -160,7 +160,7 @@ struct Integer {
           I16 low[NT], high[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1) fetch(at + PREFETCH);
+            if (MT == 1 && j % 2 == 0) fetch(at + PREFETCH);
             I16 both = load_bytes(at);
             low[n] = low4(both);
             high[n] = high4(both);

@@ -4,6 +4,7 @@
 // once); after that they park and use no processor. The caller is thread 0.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -30,10 +31,11 @@ class Pool {
   void barrier();
 
   // Call work(first, last) for parts of [0, count), each number once, from whichever thread comes:
-  // every thread begins with a contiguous share, in steps of `grain`, and helps the others when it
-  // has done. At most once between two barriers.
+  // every thread begins with a contiguous share and helps the others when it has done. Parts are of
+  // `grain` numbers, or of up to `most` times as many while much of a share is left. At most once
+  // between two barriers.
   template <class Work>
-  void share(int thread, int64_t count, int64_t grain, Work work) {
+  void share(int thread, int64_t count, int64_t grain, Work work, int64_t most = 1) {
     const int64_t steps = (count + grain - 1) / grain;
     for (int i = 0; i < num_threads_; ++i) {
       const int owner = (thread + i) % num_threads_;
@@ -41,11 +43,12 @@ class Pool {
       std::atomic<int64_t>& taken = cursors_[owner].taken;
       for (;;) {
         // Look before taking, so that the cursors of finished shares are only read.
-        if (first + taken.load(std::memory_order_relaxed) >= last) break;
-        const int64_t step = first + taken.fetch_add(1, std::memory_order_relaxed);
+        const int64_t left = last - first - taken.load(std::memory_order_relaxed);
+        if (left <= 0) break;
+        const int64_t wanted = std::max<int64_t>(1, std::min(most, left / 4));
+        const int64_t step = first + taken.fetch_add(wanted, std::memory_order_relaxed);
         if (step >= last) break;
-        const int64_t stop = (step + 1) * grain;
-        work(step * grain, stop < count ? stop : count);
+        work(step * grain, std::min(std::min(step + wanted, last) * grain, count));
       }
     }
   }

@@ -9,8 +9,9 @@ namespace {
 // tiles.
 constexpr int Y_ROWS = 48;
 // Tiles at a time where there is one row, at most, and bytes of weights that make a piece of work
-// worth handing out.
-constexpr int SINGLE_TILES = 16;
+// worth handing out. Long pieces let memory stream (gate and up alternate); short ones at the end
+// of a share let the threads end together.
+constexpr int SINGLE_TILES = 48;
 constexpr int64_t SINGLE_BYTES = 32 * 1024;
 constexpr int64_t FIRST_BYTES = 16 * 1024;
 // Tiles at a time where there are more rows: the register tile's width (kernels_impl.h).
@@ -33,7 +34,7 @@ int64_t total_tiles(const Linear& linear) {
 
 // Tiles that are handed out at a time where there is one row.
 int64_t single_grain(int64_t bytes_a_tile) {
-  return std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes_a_tile));
+  return std::min<int64_t>(SINGLE_TILES / 3, std::max<int64_t>(1, SINGLE_BYTES / bytes_a_tile));
 }
 
 // Pieces of [first, last) tiles of one part; `column` is where the part's rows begin in the output.
@@ -53,25 +54,30 @@ void by_part(const Linear& linear, int64_t first, int64_t last, Work work) {
 // How a product is cut into pieces of work: `tiles` neighbouring tiles by `rows` rows. All rows of
 // some tiles follow each other, so that the weights stay near.
 struct Pieces {
-  int64_t tiles, rows, row_steps, count;
+  int64_t tiles, most, rows, row_steps, count;
 
   Pieces(int64_t num_tiles, int64_t bytes_a_tile, int num_rows, int rows_at_once)
       : tiles(num_rows == 1 ? single_grain(bytes_a_tile) : WIDE_TILES),
+        most(num_rows == 1 ? SINGLE_TILES / tiles : 1),  // of `count` that follow each other
         rows(num_rows == 1 ? 1 : rows_at_once),
         row_steps((num_rows + rows - 1) / rows),
         count((num_tiles + tiles - 1) / tiles * row_steps) {}
+
+  // Floats from one row of results to the next.
+  int64_t stride() const { return most * tiles * TILE; }
 };
 
 // work(first tile, last tile, first row, last row) for every piece, shared by the threads.
 template <class Work>
 void share_pieces(Pool& pool, int thread, const Pieces& pieces, int64_t num_tiles, int num_rows,
                   Work work) {
-  pool.share(thread, pieces.count, 1, [&](int64_t piece, int64_t) {
-    const int64_t tile = piece / pieces.row_steps * pieces.tiles;
-    const int64_t row = piece % pieces.row_steps * pieces.rows;
-    work(tile, std::min(tile + pieces.tiles, num_tiles), static_cast<int>(row),
+  const auto run = [&](int64_t first, int64_t last) {
+    const int64_t tile = first / pieces.row_steps * pieces.tiles;
+    const int64_t row = first % pieces.row_steps * pieces.rows;
+    work(tile, std::min(tile + (last - first) * pieces.tiles, num_tiles), static_cast<int>(row),
          static_cast<int>(std::min<int64_t>(row + pieces.rows, num_rows)));
-  });
+  };
+  pool.share(thread, pieces.count, 1, run, pieces.most);
 }
 
 // Multiply rows [0, num_rows) by all tiles of `linear`, shared by the threads. emit(row, column,
@@ -82,7 +88,7 @@ void project(Machine& machine, int thread, const Linear& linear, const Acts& act
   const int64_t num_tiles = total_tiles(linear);
   const Pieces pieces(num_tiles, tile_bytes(linear.parts[0]), num_rows, Y_ROWS);
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
-  const int64_t ld = pieces.tiles * TILE;
+  const int64_t ld = pieces.stride();
   share_pieces(machine.pool, thread, pieces, num_tiles, num_rows,
                [&](int64_t first, int64_t last, int m0, int m1) {
                  by_part(linear, first, last,
@@ -159,7 +165,7 @@ void Machine::reserve(int64_t cols, int head_dim) {
   head_dim_ = std::max(head_dim_, head_dim);
   const int64_t part_rows = 2 * ATTEND_ROWS * partial_size(head_dim_);
   const int64_t y_size = Y_ROWS * WIDE_TILES * TILE;
-  static_assert(Y_ROWS * WIDE_TILES >= SINGLE_TILES, "one row of SINGLE_TILES must fit in y");
+  static_assert(Y_ROWS * WIDE_TILES >= 2 * SINGLE_TILES, "a row of gate and of up must fit in y");
   const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t floats[] = {cols_, cols_, y_size, ATTEND_ROWS * CONTEXT, part_rows};
   const int64_t blocks = cols_ / 16;
@@ -489,7 +495,7 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
     const Matrix &gate = linear.parts[0], &up = linear.parts[1];
     const int64_t num_tiles = tiles_of(gate);
     const Pieces pieces(num_tiles, tile_bytes(gate) + tile_bytes(up), num_tokens, Y_ROWS / 2);
-    const int64_t ld = pieces.tiles * TILE;
+    const int64_t ld = pieces.stride();
     float *const y_gate = own.y, *const y_up = own.y + pieces.rows * ld;
     share_pieces(m.pool, thread, pieces, num_tiles, num_tokens,
                  [&](int64_t first, int64_t last, int m0, int m1) {
