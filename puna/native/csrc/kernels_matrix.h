@@ -18,10 +18,11 @@ constexpr int Q8_ROWS = 2, Q4_ROWS = 2, DENSE_ROWS = 6, TILES = 1;
 #else
 constexpr int Q8_ROWS = 1, Q4_ROWS = 1, DENSE_ROWS = 2, TILES = 1;
 #endif
-// Where each integer weight is used once it is fetched this far ahead, into L2: 14 % faster than
-// into L1 for 8 bits, 2 % for 4, and 3 to 15 % faster than not at all. Floating-point weights are
-// read from four tiles at a time instead (2 threads of a Zen 4, 2026-11; benchmarks/NOTES.md).
-constexpr int PREFETCH = 4096;
+// Where each integer weight is used once it is fetched this far ahead, into L2. With 2048 bytes a
+// thread alone decodes a 1.1B int8 model 18 % faster than with 4096 and two are 3 to 12 % faster;
+// L1 is worse, and not at all as good for one thread but not for two (Zen 4, 2026-11;
+// benchmarks/NOTES.md). Floating-point weights are read from four tiles at a time instead.
+constexpr int PREFETCH = 2048;
 
 PUNA_INLINE int64_t padded_cols(const Matrix& w) { return (w.k + PAD - 1) / PAD * PAD; }
 PUNA_INLINE int num_groups(const Matrix& w) { return w.group ? (w.k + w.group - 1) / w.group : 1; }
@@ -146,7 +147,7 @@ struct Integer {
           I16 v[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1 && j % 2 == 0) fetch(at + PREFETCH);
+            if (MT == 1) fetch(at + PREFETCH);
             v[n] = load_bytes(at);
           }
           for (int m = 0; m < MT; ++m) {
@@ -160,7 +161,7 @@ struct Integer {
           I16 low[NT], high[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1 && j % 2 == 0) fetch(at + PREFETCH);
+            if (MT == 1) fetch(at + PREFETCH);
             I16 both = load_bytes(at);
             low[n] = low4(both);
             high[n] = high4(both);
