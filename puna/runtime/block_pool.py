@@ -31,8 +31,8 @@ class BlockPool:
         self.block_size = block_size
         self.prefix_cache = prefix_cache
         self._refs = [0] * num_blocks
-        # Oldest first. OrderedDict, because the first key of a dict that is consumed from the front
-        # takes ever longer to find.
+        # Next first: what has no content, then the oldest. OrderedDict, because the first key of a
+        # dict that is consumed from the front takes ever longer to find.
         self._free = OrderedDict.fromkeys(range(1, num_blocks))
         self._cached: dict[_Key, int] = {}
         self._keys: list[_Key | None] = [None] * num_blocks  # inverse of _cached
@@ -78,9 +78,9 @@ class BlockPool:
             if not self._refs[block]:
                 del self._free[block]
             self._refs[block] += 1
-        return [*shared, *(self._take_oldest() for _ in range(num_new))]
+        return [*shared, *(self._take_next() for _ in range(num_new))]
 
-    def _take_oldest(self) -> int:
+    def _take_next(self) -> int:
         block, _ = self._free.popitem(last=False)
         key = self._keys[block]
         if key is not None:
@@ -107,13 +107,16 @@ class BlockPool:
         """Drop one reference on each block of a sequence.
 
         Last block first, so that of a prefix that nobody uses the leaves are evicted before their
-        parents, without which they could not be found.
+        parents, without which they could not be found. What holds no prefix is handed out first:
+        memory that was never touched stays so, and what was touched last is nearest.
         """
         for block in reversed(list(block_ids)):
             self._refs[block] -= 1
             assert self._refs[block] >= 0, f"block {block} freed twice"
             if not self._refs[block]:
                 self._free[block] = None
+                if self._keys[block] is None:
+                    self._free.move_to_end(block, last=False)
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Assert that the pool agrees with itself and with all block tables in use."""

@@ -30,7 +30,7 @@ PUNA_INLINE int num_groups(const Matrix& w) { return w.group ? (w.k + w.group - 
 struct Float32 {
   static constexpr int ROWS = DENSE_ROWS, SINGLE = 4;
 
-  template <int MT, int NT>
+  template <int MT, int NT, bool IS_FIRST>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                 int64_t ld) {
     const float* p = (const float*)w.data + (int64_t)tile * w.k * TILE;
@@ -57,7 +57,7 @@ template <bool IS_BF16>
 struct Pairs {
   static constexpr int ROWS = DENSE_ROWS, SINGLE = 4;
 
-  template <int MT, int NT>
+  template <int MT, int NT, bool IS_FIRST>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                 int64_t ld) {
     const int pairs = (w.k + 1) / 2;
@@ -113,7 +113,7 @@ struct Integer {
     return is_f32 ? load((const float*)p) : load_half((const uint16_t*)p);
   }
 
-  template <int MT, int NT>
+  template <int MT, int NT, bool IS_FIRST>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                 int64_t ld) {
     const bool is_f32 = w.scale_f32;
@@ -127,6 +127,7 @@ struct Integer {
     const float* x_scale = a.scale[FORM] + m0 * blocks_a_row;
     const float* x_sum = a.sum[FORM] + m0 * blocks_a_row;
     const int32_t* x_isum = a.isum[FORM] + m0 * blocks_a_row;
+    const int64_t ahead = MT == 1 ? PREFETCH : NT * next_q;
     const int num_blocks = (w.k + COLS - 1) / COLS;
     const int blocks_a_group = w.group ? w.group / COLS : num_blocks;
 
@@ -147,7 +148,7 @@ struct Integer {
           I16 v[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1) fetch(at + PREFETCH);
+            if (MT == 1 || IS_FIRST) fetch(at + ahead);
             v[n] = load_bytes(at);
           }
           for (int m = 0; m < MT; ++m) {
@@ -161,7 +162,7 @@ struct Integer {
           I16 low[NT], high[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1) fetch(at + PREFETCH);
+            if (MT == 1 || IS_FIRST) fetch(at + ahead);
             I16 both = load_bytes(at);
             low[n] = low4(both);
             high[n] = high4(both);
@@ -200,17 +201,21 @@ struct Integer {
 };
 
 // Not inlined: each register tile is a function of its own, so that the compiler sees one at a
-// time.
-template <class Kernel, int MT, int NT>
+// time. The first rows of a batch bring the next tiles' integers nearer (IS_FIRST).
+template <class Kernel, int MT, int NT, bool IS_FIRST = false>
 __attribute__((noinline)) void run_micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                          int64_t ld) {
-  Kernel::template micro<MT, NT>(w, tile, a, m0, y, ld);
+  Kernel::template micro<MT, NT, IS_FIRST>(w, tile, a, m0, y, ld);
 }
 
 template <class Kernel, int NT>
 void run_rows(const Matrix& w, int tile, const Acts& a, int m0, int m1, float* y, int64_t ld) {
   constexpr int ROWS = Kernel::ROWS;
   int m = m0;
+  if (m == 0 && ROWS <= m1) {
+    run_micro<Kernel, ROWS, NT, true>(w, tile, a, m, y, ld);
+    m += ROWS;
+  }
   for (; m + ROWS <= m1; m += ROWS)
     run_micro<Kernel, ROWS, NT>(w, tile, a, m, y + (m - m0) * ld, ld);
   if (ROWS > 4)
