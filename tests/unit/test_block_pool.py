@@ -162,3 +162,11 @@ def test_random_walk(seed: int):
     pool.check([])
     assert pool.num_free == pool.num_usable
     assert bool(num_hits) == pool.prefix_cache
+
+
+def test_blocks_without_content_are_used_again_first():
+    pool = BlockPool(10, 4, prefix_cache=False)
+    blocks = pool.allocate(3)
+    pool.free(blocks)
+    assert pool.allocate(3) == blocks
+    assert not set(pool.allocate(2)) & set(blocks)

@@ -19,9 +19,9 @@ constexpr int Q8_ROWS = 2, Q4_ROWS = 2, DENSE_ROWS = 6, TILES = 1;
 constexpr int Q8_ROWS = 1, Q4_ROWS = 1, DENSE_ROWS = 2, TILES = 1;
 #endif
 // Where each integer weight is used once it is fetched this far ahead, into L2. With 2048 bytes a
-// thread alone decodes a 1.1B int8 model 18 % faster than with 4096 and two are 3 to 12 % faster;
-// L1 is worse, and not at all as good for one thread but not for two (Zen 4, 2026-11;
-// benchmarks/NOTES.md). Floating-point weights are read from four tiles at a time instead.
+// thread alone decodes a 1.1B int8 model 18 % faster than with 4096 and two decode small and large
+// ones 3 to 13 % faster; L1 is worse, and not at all as good for one thread but not for two (Zen 4,
+// 2026-11; benchmarks/NOTES.md). Floating-point weights are read from four tiles at a time instead.
 constexpr int PREFETCH = 2048;
 
 PUNA_INLINE int64_t padded_cols(const Matrix& w) { return (w.k + PAD - 1) / PAD * PAD; }
@@ -30,7 +30,7 @@ PUNA_INLINE int num_groups(const Matrix& w) { return w.group ? (w.k + w.group - 
 struct Float32 {
   static constexpr int ROWS = DENSE_ROWS, SINGLE = 4;
 
-  template <int MT, int NT, bool IS_FIRST>
+  template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                 int64_t ld) {
     const float* p = (const float*)w.data + (int64_t)tile * w.k * TILE;
@@ -57,7 +57,7 @@ template <bool IS_BF16>
 struct Pairs {
   static constexpr int ROWS = DENSE_ROWS, SINGLE = 4;
 
-  template <int MT, int NT, bool IS_FIRST>
+  template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                 int64_t ld) {
     const int pairs = (w.k + 1) / 2;
@@ -113,7 +113,7 @@ struct Integer {
     return is_f32 ? load((const float*)p) : load_half((const uint16_t*)p);
   }
 
-  template <int MT, int NT, bool IS_FIRST>
+  template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                 int64_t ld) {
     const bool is_f32 = w.scale_f32;
@@ -127,7 +127,6 @@ struct Integer {
     const float* x_scale = a.scale[FORM] + m0 * blocks_a_row;
     const float* x_sum = a.sum[FORM] + m0 * blocks_a_row;
     const int32_t* x_isum = a.isum[FORM] + m0 * blocks_a_row;
-    const int64_t ahead = MT == 1 ? PREFETCH : NT * next_q;
     const int num_blocks = (w.k + COLS - 1) / COLS;
     const int blocks_a_group = w.group ? w.group / COLS : num_blocks;
 
@@ -148,7 +147,7 @@ struct Integer {
           I16 v[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1 || IS_FIRST) fetch(at + ahead);
+            if (MT == 1) fetch(at + PREFETCH);
             v[n] = load_bytes(at);
           }
           for (int m = 0; m < MT; ++m) {
@@ -162,7 +161,7 @@ struct Integer {
           I16 low[NT], high[NT];
           for (int n = 0; n < NT; ++n) {
             const uint8_t* at = q + n * next_q + j * 4 * TILE;
-            if (MT == 1 || IS_FIRST) fetch(at + ahead);
+            if (MT == 1) fetch(at + PREFETCH);
             I16 both = load_bytes(at);
             low[n] = low4(both);
             high[n] = high4(both);
@@ -201,21 +200,17 @@ struct Integer {
 };
 
 // Not inlined: each register tile is a function of its own, so that the compiler sees one at a
-// time. The first rows of a batch bring the next tiles' integers nearer (IS_FIRST).
-template <class Kernel, int MT, int NT, bool IS_FIRST = false>
+// time.
+template <class Kernel, int MT, int NT>
 __attribute__((noinline)) void run_micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
                                          int64_t ld) {
-  Kernel::template micro<MT, NT, IS_FIRST>(w, tile, a, m0, y, ld);
+  Kernel::template micro<MT, NT>(w, tile, a, m0, y, ld);
 }
 
 template <class Kernel, int NT>
 void run_rows(const Matrix& w, int tile, const Acts& a, int m0, int m1, float* y, int64_t ld) {
   constexpr int ROWS = Kernel::ROWS;
   int m = m0;
-  if (m == 0 && ROWS <= m1) {
-    run_micro<Kernel, ROWS, NT, true>(w, tile, a, m, y, ld);
-    m += ROWS;
-  }
   for (; m + ROWS <= m1; m += ROWS)
     run_micro<Kernel, ROWS, NT>(w, tile, a, m, y + (m - m0) * ld, ld);
   if (ROWS > 4)

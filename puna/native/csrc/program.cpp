@@ -34,7 +34,7 @@ int64_t total_tiles(const Linear& linear) {
 
 // Tiles that are handed out at a time where there is one row.
 int64_t single_grain(int64_t bytes_a_tile) {
-  return std::min<int64_t>(SINGLE_TILES / 3, std::max<int64_t>(1, SINGLE_BYTES / bytes_a_tile));
+  return std::min<int64_t>(SINGLE_TILES, std::max<int64_t>(1, SINGLE_BYTES / bytes_a_tile));
 }
 
 // Pieces of [first, last) tiles of one part; `column` is where the part's rows begin in the output.
