@@ -40,30 +40,56 @@ PUNA_INLINE F16 columns(const float* x, int i, int k) {
 // Magnitudes below this count as 0: the inverse of their scale would overflow.
 constexpr float TINY = 1e-30f;
 
-template <int BLOCK_COLS>
+// Quantise `count` blocks of COLS columns, at most sixteen: one instruction then serves the
+// maximum, the scale or the sum of all of them. x has `k` columns from here on, all of them unless
+// IS_PART.
+template <int COLS, bool IS_PART>
+PUNA_INLINE void quantize_blocks(const float* x, int k, int count, int8_t* q, float* scale,
+                                 float* scaled_sum, int32_t* isum) {
+  constexpr int N = COLS / LANES;
+  F16 most[LANES];
+  I16 total[LANES];
+  float inverse[LANES];
+  for (int b = count; b < LANES; ++b) {
+    most[b] = splat(0);
+    total[b] = splat_int(0);
+  }
+  for (int b = 0; b < count; ++b) {
+    most[b] = splat(0);
+    for (int j = 0; j < N; ++j) {
+      const int i = b * COLS + j * LANES;
+      most[b] = max(most[b], abs(IS_PART ? columns(x, i, k) : load(x + i)));
+    }
+  }
+  const F16 m = largest_of_each(most);
+  store(inverse, zero_below(div(splat(127), m), m, splat(TINY)));
+  for (int b = 0; b < count; ++b) {
+    const F16 factor = splat(inverse[b]);
+    total[b] = splat_int(0);
+    for (int j = 0; j < N; ++j) {
+      const int i = b * COLS + j * LANES;
+      const I16 rounded = round_to_int(mul(IS_PART ? columns(x, i, k) : load(x + i), factor));
+      store_i8(q + i, rounded);
+      total[b] = add(total[b], rounded);
+    }
+  }
+  const I16 sum_q = sum_of_each(total);
+  const F16 step = div(m, splat(127));
+  store_part(scale, step, count);
+  store_part(scaled_sum, mul(step, to_float(sum_q)), count);
+  store_part(isum, shift_left(sub(splat_int(0), sum_q), 3), count);
+}
+
+template <int COLS>
 void quantize_row(const float* x, int k, int8_t* q, float* scale, float* scaled_sum,
                   int32_t* isum) {
-  constexpr int N = BLOCK_COLS / LANES;
-  int padded = (k + PAD - 1) / PAD * PAD;
-  for (int i = 0, b = 0; i < padded; i += BLOCK_COLS, ++b) {
-    F16 v[N];
-    F16 most = splat(0);
-    for (int j = 0; j < N; ++j) {
-      v[j] = columns(x, i + j * LANES, k);
-      most = max(most, abs(v[j]));
-    }
-    float m = largest(most);
-    F16 inverse = splat(m > TINY ? 127.0f / m : 0.0f);
-    I16 total = splat_int(0);
-    for (int j = 0; j < N; ++j) {
-      I16 rounded = round_to_int(mul(v[j], inverse));
-      store_i8(q + i + j * LANES, rounded);
-      total = add(total, rounded);
-    }
-    const int32_t sum_q = sum(total);
-    scale[b] = m / 127.0f;
-    scaled_sum[b] = scale[b] * (float)sum_q;
-    isum[b] = -8 * sum_q;
+  const int num_blocks = (k + PAD - 1) / PAD * PAD / COLS;
+  for (int b = 0; b < num_blocks; b += LANES) {
+    const int i = b * COLS, count = num_blocks - b < LANES ? num_blocks - b : LANES;
+    if (i + LANES * COLS <= k)
+      quantize_blocks<COLS, false>(x + i, k - i, LANES, q + i, scale + b, scaled_sum + b, isum + b);
+    else
+      quantize_blocks<COLS, true>(x + i, k - i, count, q + i, scale + b, scaled_sum + b, isum + b);
   }
 }
 

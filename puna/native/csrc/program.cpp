@@ -8,6 +8,8 @@ namespace {
 // Rows of a GEMM whose results are kept in `Private::y` at a time; a multiple of the register
 // tiles.
 constexpr int Y_ROWS = 48;
+// Rows that a thread takes for itself in every product, at least.
+constexpr int GROUP_ROWS = 32;
 // Tiles at a time where there is one row, at most, and bytes of weights that make a piece of work
 // worth handing out. Long pieces let memory stream (gate and up alternate); short ones at the end
 // of a share let the threads end together.
@@ -51,17 +53,28 @@ void by_part(const Linear& linear, int64_t first, int64_t last, Work work) {
   }
 }
 
-// How a product is cut into pieces of work: `tiles` neighbouring tiles by `rows` rows. All rows of
-// some tiles follow each other, so that the weights stay near.
+// How a product is cut into pieces of work: `tiles` neighbouring tiles by `rows` rows. Where there
+// are rows enough, each thread begins with rows of its own, the same in every product: what it
+// wrote is still in its cache when it reads it. All rows of some tiles follow each other, so that
+// the weights stay near.
 struct Pieces {
-  int64_t tiles, most, rows, row_steps, count;
+  int64_t num_tiles, num_rows;
+  int64_t tiles, most;  // a piece's, and how many pieces may be taken together
+  int64_t group_rows, rows, row_steps, group_count, count;
 
-  Pieces(int64_t num_tiles, int64_t bytes_a_tile, int num_rows, int rows_at_once)
-      : tiles(num_rows == 1 ? single_grain(bytes_a_tile) : WIDE_TILES),
-        most(num_rows == 1 ? SINGLE_TILES / tiles : 1),  // of `count` that follow each other
-        rows(num_rows == 1 ? 1 : rows_at_once),
-        row_steps((num_rows + rows - 1) / rows),
-        count((num_tiles + tiles - 1) / tiles * row_steps) {}
+  Pieces(int64_t all_tiles, int64_t bytes_a_tile, int all_rows, int rows_at_once, int num_threads)
+      : num_tiles(all_tiles),
+        num_rows(all_rows),
+        tiles(all_rows == 1 ? single_grain(bytes_a_tile) : WIDE_TILES),
+        most(all_rows == 1 ? SINGLE_TILES / tiles : 1) {
+    const int64_t groups = std::min<int64_t>(num_threads, std::max(1, all_rows / GROUP_ROWS));
+    group_rows = (num_rows + groups - 1) / groups;
+    row_steps = (group_rows + rows_at_once - 1) / rows_at_once;
+    rows = std::min<int64_t>(rows_at_once, (group_rows / row_steps + 5) / 6 * 6);
+    row_steps = (group_rows + rows - 1) / rows;
+    group_count = (num_tiles + tiles - 1) / tiles * row_steps;
+    count = groups * group_count;
+  }
 
   // Floats from one row of results to the next.
   int64_t stride() const { return most * tiles * TILE; }
@@ -69,41 +82,57 @@ struct Pieces {
 
 // work(first tile, last tile, first row, last row) for every piece, shared by the threads.
 template <class Work>
-void share_pieces(Pool& pool, int thread, const Pieces& pieces, int64_t num_tiles, int num_rows,
-                  Work work) {
+void share_pieces(Pool& pool, int thread, const Pieces& pieces, Work work) {
   const auto run = [&](int64_t first, int64_t last) {
-    const int64_t tile = first / pieces.row_steps * pieces.tiles;
-    const int64_t row = first % pieces.row_steps * pieces.rows;
-    work(tile, std::min(tile + (last - first) * pieces.tiles, num_tiles), static_cast<int>(row),
-         static_cast<int>(std::min<int64_t>(row + pieces.rows, num_rows)));
+    const int64_t group_row = first / pieces.group_count * pieces.group_rows;
+    const int64_t here = first % pieces.group_count;
+    const int64_t tile = here / pieces.row_steps * pieces.tiles;
+    const int64_t row = group_row + here % pieces.row_steps * pieces.rows;
+    const int64_t end =
+        std::min({row + pieces.rows, group_row + pieces.group_rows, pieces.num_rows});
+    if (row < end)
+      work(tile, std::min(tile + (last - first) * pieces.tiles, pieces.num_tiles),
+           static_cast<int>(row), static_cast<int>(end));
   };
   pool.share(thread, pieces.count, 1, run, pieces.most);
 }
 
-// Multiply rows [0, num_rows) by all tiles of `linear`, shared by the threads. emit(row, column,
-// count, values) is called for every run of results, bias added.
-template <class Emit>
+// Where columns of results lie: row m's at `at` + m * `stride`. Null: not in one place.
+struct Place {
+  float* at;
+  int64_t stride;
+};
+
+// Multiply rows [0, num_rows) by all tiles of `linear`, shared by the threads. The results go where
+// to.place(column, count) says, or else, row by row, to to.write(row, column, count, values).
+template <class Destination>
 void project(Machine& machine, int thread, const Linear& linear, const Acts& acts, int num_rows,
-             Emit emit) {
+             const Destination& to) {
   const int64_t num_tiles = total_tiles(linear);
-  const Pieces pieces(num_tiles, tile_bytes(linear.parts[0]), num_rows, Y_ROWS);
+  const Pieces pieces(num_tiles, tile_bytes(linear.parts[0]), num_rows, Y_ROWS,
+                      machine.pool.num_threads());
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
   const int64_t ld = pieces.stride();
-  share_pieces(machine.pool, thread, pieces, num_tiles, num_rows,
-               [&](int64_t first, int64_t last, int m0, int m1) {
-                 by_part(linear, first, last,
-                         [&](const Matrix& part, int t0, int t1, int64_t column) {
-                           const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
-                           const int64_t at = column + t0 * TILE;
-                           machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
-                           for (int m = m0; m < m1; ++m) {
-                             float* values = y + (m - m0) * ld;
-                             if (linear.bias)
-                               for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
-                             emit(m, at, count, values);
-                           }
-                         });
-               });
+  share_pieces(machine.pool, thread, pieces, [&](int64_t first, int64_t last, int m0, int m1) {
+    by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
+      const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
+      const int64_t at = column + t0 * TILE;
+      const bool is_whole = count == (t1 - t0) * TILE && !linear.bias;
+      const Place place = is_whole ? to.place(at, count) : Place{};
+      if (place.at) {
+        machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, place.at + m0 * place.stride,
+                              place.stride);
+        return;
+      }
+      machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
+      for (int m = m0; m < m1; ++m) {
+        float* values = y + (m - m0) * ld;
+        if (linear.bias)
+          for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
+        to.write(m, at, count, values);
+      }
+    });
+  });
 }
 
 // With one row memory idles while every thread prepares the activations: let it bring the first
@@ -139,16 +168,49 @@ const Acts& prepared(Machine& machine, int thread, const Acts& shared, int num_r
 }
 
 // Results become the stream's partial; the one before is added to the residual where that is due.
-struct WritePartial {
+struct ToPartial {
   const Stream& x;
   bool settles;
 
-  void operator()(int row, int64_t column, int count, const float* values) const {
+  Place place(int64_t column, int) const {
+    return settles ? Place{} : Place{x.partial_TD + column, x.hidden_size};
+  }
+
+  void write(int row, int64_t column, int count, const float* values) const {
     float* partial = x.partial_TD + static_cast<int64_t>(row) * x.hidden_size + column;
     float* residual = x.residual_TD + static_cast<int64_t>(row) * x.hidden_size + column;
     if (settles)
       for (int i = 0; i < count; ++i) residual[i] += partial[i];
     std::copy(values, values + count, partial);
+  }
+};
+
+// Results are queries, and keys and values behind each other.
+struct ToQueriesAndCache {
+  float *q_TQ, *kv_TX;
+  int64_t q_size, kv_size;
+
+  Place place(int64_t column, int count) const {
+    if (column + count <= q_size) return {q_TQ + column, q_size};
+    if (column >= q_size) return {kv_TX + (column - q_size), 2 * kv_size};
+    return {};
+  }
+
+  void write(int row, int64_t column, int count, const float* values) const {
+    const int64_t in_q = std::min<int64_t>(std::max<int64_t>(q_size - column, 0), count);
+    std::copy(values, values + in_q, q_TQ + row * q_size + column);
+    std::copy(values + in_q, values + count, kv_TX + row * 2 * kv_size + (column + in_q - q_size));
+  }
+};
+
+struct ToLogits {
+  float* logits_LV;
+  int64_t stride;
+
+  Place place(int64_t column, int) const { return {logits_LV + column, stride}; }
+
+  void write(int row, int64_t column, int count, const float* values) const {
+    std::copy(values, values + count, logits_LV + row * stride + column);
   }
 };
 
@@ -260,14 +322,7 @@ void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const
              norm.eps, x.hidden_size, own, num_tokens == 1 ? nullptr : residual);
       k.convert(own, x.hidden_size, wanted, &a, at);
     });
-    project(m, thread, linear, acts, num_tokens,
-            [&](int row, int64_t column, int count, const float* values) {
-              const int in_q =
-                  static_cast<int>(std::min<int64_t>(std::max<int64_t>(q_size - column, 0), count));
-              std::copy(values, values + in_q, q_TQ + row * q_size + column);
-              std::copy(values + in_q, values + count,
-                        kv_TX + row * 2 * kv_size + (column + in_q - q_size));
-            });
+    project(m, thread, linear, acts, num_tokens, ToQueriesAndCache{q_TQ, kv_TX, q_size, kv_size});
     m.pool.barrier();
     const int num_kv_heads = cache.num_kv_heads, heads = num_heads + 2 * num_kv_heads;
     const auto finish_head = [&](int64_t row, int h) {
@@ -337,8 +392,8 @@ struct AttentionWork {
     const int64_t along = piece / cache.num_kv_heads;
     if (queries(s) == 1)
       run_stretch(s, h, along);
-    else  // the last rows have the most to do: first things first
-      run_rows(s, h, pieces(s) / cache.num_kv_heads - 1 - along);
+    else
+      run_rows(s, h, along);
   }
 
   void run_stretch(int s, int h, int64_t chunk) {
@@ -470,7 +525,7 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
           }
           k.convert(attended, static_cast<int>(q_size), wanted, &a, at);
         });
-    project(m, thread, out, acts, num_tokens, WritePartial{x, settles});
+    project(m, thread, out, acts, num_tokens, ToPartial{x, settles});
     m.pool.barrier();
   });
 }
@@ -494,25 +549,25 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
     // Gate and up of the same columns are one piece of work.
     const Matrix &gate = linear.parts[0], &up = linear.parts[1];
     const int64_t num_tiles = tiles_of(gate);
-    const Pieces pieces(num_tiles, tile_bytes(gate) + tile_bytes(up), num_tokens, Y_ROWS / 2);
+    const Pieces pieces(num_tiles, tile_bytes(gate) + tile_bytes(up), num_tokens, Y_ROWS / 2,
+                        m.pool.num_threads());
     const int64_t ld = pieces.stride();
     float *const y_gate = own.y, *const y_up = own.y + pieces.rows * ld;
-    share_pieces(m.pool, thread, pieces, num_tiles, num_tokens,
-                 [&](int64_t first, int64_t last, int m0, int m1) {
-                   const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
-                   const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
-                   k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
-                   k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
-                   for (int row = m0; row < m1; ++row) {
-                     float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
-                     if (linear.bias)
-                       for (int i = 0; i < count; ++i) {
-                         g[i] += linear.bias[column + i];
-                         u[i] += linear.bias[ffn + column + i];
-                       }
-                     k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
-                   }
-                 });
+    share_pieces(m.pool, thread, pieces, [&](int64_t first, int64_t last, int m0, int m1) {
+      const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
+      const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
+      k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
+      k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
+      for (int row = m0; row < m1; ++row) {
+        float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
+        if (linear.bias)
+          for (int i = 0; i < count; ++i) {
+            g[i] += linear.bias[column + i];
+            u[i] += linear.bias[ffn + column + i];
+          }
+        k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
+      }
+    });
     m.pool.barrier();
   });
   is_unsettled_ = num_tokens == 1;
@@ -532,7 +587,7 @@ void Program::down(const float* act_TF, const Linear& linear, const Stream& x) {
     const Acts& acts = prepared(m, thread, shared, num_tokens, [&](int row, const Acts& a, int at) {
       m.kernels->convert(act_TF + static_cast<int64_t>(row) * ffn, ffn, wanted, &a, at);
     });
-    project(m, thread, linear, acts, num_tokens, WritePartial{x, settles});
+    project(m, thread, linear, acts, num_tokens, ToPartial{x, settles});
     m.pool.barrier();
   });
 }
@@ -554,10 +609,7 @@ void Program::head(const Stream& x, const int32_t* rows_L, int num_rows, const N
              nullptr);
       k.convert(own, x.hidden_size, wanted, &a, at);
     });
-    project(m, thread, linear, acts, num_rows,
-            [&](int row, int64_t column, int count, const float* values) {
-              std::copy(values, values + count, logits_LV + row * stride + column);
-            });
+    project(m, thread, linear, acts, num_rows, ToLogits{logits_LV, stride});
     m.pool.barrier();
   });
 }

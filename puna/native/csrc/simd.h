@@ -57,6 +57,7 @@ PUNA_INLINE VF vzero_below(VF x, VF at, VF low) {  // x where at >= low, else 0
 PUNA_INLINE VI viload(const void* p) { return _mm512_loadu_si512(p); }
 PUNA_INLINE VI visplat(int32_t x) { return _mm512_set1_epi32(x); }
 PUNA_INLINE VI viadd(VI a, VI b) { return _mm512_add_epi32(a, b); }
+PUNA_INLINE VI visub(VI a, VI b) { return _mm512_sub_epi32(a, b); }
 PUNA_INLINE VI vishl(VI a, int n) { return _mm512_slli_epi32(a, n); }
 PUNA_INLINE VF vcvt(VI x) { return _mm512_cvtepi32_ps(x); }
 PUNA_INLINE VI vround(VF x) { return _mm512_cvtps_epi32(x); }
@@ -129,6 +130,7 @@ PUNA_INLINE VF vzero_below(VF x, VF at, VF low) {
 PUNA_INLINE VI viload(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 PUNA_INLINE VI visplat(int32_t x) { return _mm256_set1_epi32(x); }
 PUNA_INLINE VI viadd(VI a, VI b) { return _mm256_add_epi32(a, b); }
+PUNA_INLINE VI visub(VI a, VI b) { return _mm256_sub_epi32(a, b); }
 PUNA_INLINE VI vishl(VI a, int n) { return _mm256_slli_epi32(a, n); }
 PUNA_INLINE VF vcvt(VI x) { return _mm256_cvtepi32_ps(x); }
 PUNA_INLINE VI vround(VF x) { return _mm256_cvtps_epi32(x); }
@@ -205,6 +207,7 @@ PUNA_INLINE VI viload(const void* p) {
 }
 PUNA_INLINE VI visplat(int32_t x) { return VI{x, x, x, x}; }
 PUNA_INLINE VI viadd(VI a, VI b) { return a + b; }
+PUNA_INLINE VI visub(VI a, VI b) { return a - b; }
 PUNA_INLINE VI vishl(VI a, int n) { return a << n; }
 PUNA_INLINE VF vcvt(VI x) { return __builtin_convertvector(x, VF); }
 PUNA_INLINE VI vround(VF x) {  // to nearest, ties to even, for |x| < 2^22
@@ -375,6 +378,10 @@ PUNA_INLINE I16 add(I16 a, I16 b) {
   PUNA_EACH(i) a.v[i] = viadd(a.v[i], b.v[i]);
   return a;
 }
+PUNA_INLINE I16 sub(I16 a, I16 b) {
+  PUNA_EACH(i) a.v[i] = visub(a.v[i], b.v[i]);
+  return a;
+}
 PUNA_INLINE I16 shift_left(I16 a, int n) {
   PUNA_EACH(i) a.v[i] = vishl(a.v[i], n);
   return a;
@@ -464,6 +471,48 @@ PUNA_INLINE float largest(F16 x) {  // a NaN among the lanes may get lost
 #endif
 }
 
+// One result for each of sixteen registers: lane i is the largest, or the sum, of the lanes of
+// x[i].
+#if defined(PUNA_AVX512)
+// Halve the registers and what is left of each, four times: two shuffles bring together what one
+// operation then joins. `cast` and `back` lead to float and from it, for the shuffles.
+#define PUNA_JOIN(shuffle, a, b, low, high, op, cast, back) \
+  op(back(shuffle(cast(a), cast(b), low)), back(shuffle(cast(a), cast(b), high)))
+#define PUNA_OF_EACH(T, x, op, cast, back)                                                        \
+  T quads[4], pairs[2];                                                                           \
+  for (int j = 0; j < 4; ++j) {                                                                   \
+    T a = PUNA_JOIN(_mm512_shuffle_f32x4, x[j].v[0], x[j + 4].v[0], 0x44, 0xee, op, cast, back);  \
+    T b = PUNA_JOIN(_mm512_shuffle_f32x4, x[j + 8].v[0], x[j + 12].v[0], 0x44, 0xee, op, cast,    \
+                    back);                                                                        \
+    quads[j] = PUNA_JOIN(_mm512_shuffle_f32x4, a, b, 0x88, 0xdd, op, cast, back);                 \
+  }                                                                                               \
+  for (int j = 0; j < 2; ++j)                                                                     \
+    pairs[j] =                                                                                    \
+        PUNA_JOIN(_mm512_shuffle_ps, quads[2 * j], quads[2 * j + 1], 0x44, 0xee, op, cast, back); \
+  return {{PUNA_JOIN(_mm512_shuffle_ps, pairs[0], pairs[1], 0x88, 0xdd, op, cast, back)}};
+PUNA_INLINE F16 largest_of_each(const F16* x){PUNA_OF_EACH(VF, x, vmax, , )} PUNA_INLINE I16
+    sum_of_each(const I16* x){PUNA_OF_EACH(VI, x, viadd, _mm512_castsi512_ps, _mm512_castps_si512)}
+#undef PUNA_OF_EACH
+#undef PUNA_JOIN
+#else
+PUNA_INLINE F16 largest_of_each(const F16* x) {
+  float a[LANES];
+  for (int i = 0; i < LANES; ++i) a[i] = largest(x[i]);
+  return load(a);
+}
+PUNA_INLINE I16 sum_of_each(const I16* x) {
+  int32_t a[LANES];
+  for (int i = 0; i < LANES; ++i) a[i] = sum(x[i]);
+  return load_bytes(a);
+}
+#endif
+
+// x where `at` is not below `low`, else 0.
+PUNA_INLINE F16 zero_below(F16 x, F16 at, F16 low) {
+  PUNA_EACH(i) x.v[i] = vzero_below(x.v[i], at.v[i], low.v[i]);
+  return x;
+}
+
 // The first n of 16 elements, and zeros: reads and writes nothing beyond them.
 PUNA_INLINE F16 load_part(const float* p, int n) {
   float a[LANES] = {};
@@ -475,6 +524,7 @@ PUNA_INLINE void store_part(float* p, F16 x, int n) {
   store(a, x);
   memcpy(p, a, 4 * (size_t)n);
 }
+PUNA_INLINE void store_part(int32_t* p, I16 x, int n) { memcpy(p, &x, 4 * (size_t)n); }
 
 // e^x, about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the coefficients are those of
 // Cephes' expf). 0 below -87.3, at most 2.4e38, NaN stays NaN.
@@ -493,9 +543,8 @@ PUNA_INLINE F16 exp(F16 x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = add(fma(p, mul(r, r), r), splat(1.0f));
   I16 exponent = shift_left(add(n, splat_int(127)), 23);
-  F16 result;
-  PUNA_EACH(i) { result.v[i] = vzero_below(vmul(p.v[i], vbits(exponent.v[i])), x.v[i], low.v[i]); }
-  return result;
+  PUNA_EACH(i) p.v[i] = vmul(p.v[i], vbits(exponent.v[i]));
+  return zero_below(p, x, low);
 }
 
 PUNA_INLINE uint16_t bf16_of(float x) {  // to nearest, ties to even
