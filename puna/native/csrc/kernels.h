@@ -74,6 +74,13 @@ struct Stretch {
 // exponentials, and the weighted values [E].
 inline int64_t partial_size(int head_dim) { return head_dim + 2; }
 
+// Floats that attention needs for itself: scores of as many rows as a register tile has, and their
+// queries in another form.
+constexpr int SCORE_ROWS = 6;
+inline int64_t score_size(int head_dim) {
+  return SCORE_ROWS * (CONTEXT + (head_dim + 31) / 16 * 8);
+}
+
 struct Kernels {
   const char* name;
   int32_t has_bf16_dot;
@@ -97,8 +104,8 @@ struct Kernels {
   void (*store_value)(const Cache* cache, int h, int slot, const float* x);
   // Rows q[r] of KV head h against positions start .. start + visible[r] of a sequence with block
   // table `blocks`; start is a multiple of CONTEXT, 1 <= visible[r] <= CONTEXT and ascending in r.
-  // Row r's result is at out + r * (E + 2). `scores` has room for rows * CONTEXT. Where `next` is
-  // not null, what it names is fetched on the way.
+  // Row r's result is at out + r * (E + 2). `scores` has room for score_size(E) floats. Where
+  // `next` is not null, what it names is fetched on the way.
   void (*attend)(const Cache* cache, int h, const int32_t* blocks, int start, int rows,
                  const float* const* q, const int32_t* visible, float scale, const Stretch* next,
                  float* scores, float* out);

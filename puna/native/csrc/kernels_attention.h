@@ -225,6 +225,155 @@ PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32
     }
 }
 
+// Scores become weights: exponentials relative to the largest of them, which goes to state[0], and
+// their sum to state[1]. Weights from n on, to the next multiple of 16, are 0; returns that
+// multiple.
+PUNA_INLINE int soften(float* s, int n, float* state) {
+  const int padded = (n + LANES - 1) / LANES * LANES;
+  for (int i = n; i < padded; ++i) s[i] = -INFINITY;
+  F16 most = splat(-INFINITY);
+  for (int i = 0; i < padded; i += LANES) most = max(most, load(s + i));
+  const float peak = largest(most);
+  F16 total = splat(0);
+  for (int i = 0; i < padded; i += LANES) {
+    F16 p = exp(sub(load(s + i), splat(peak)));
+    store(s + i, p);
+    total = add(total, p);
+  }
+  state[0] = peak;
+  state[1] = sum(total);
+  return padded;
+}
+
+#if defined(PUNA_VNNI)
+// The same two for a bfloat16 cache, with dot products of bfloat16 pairs: queries and weights are
+// rounded to bfloat16, and pairs of dimensions, or of positions, are brought together on the way.
+
+// q_ld: from one query of `q` to the next.
+template <int R, int V, bool FETCHES>
+PUNA_INLINE void score_pairs(const Cache& c, int h, const int32_t* blocks, const uint16_t* q,
+                             int64_t q_ld, float scale, const int32_t* next_blocks, int next_h,
+                             float* scores) {
+  const int head_dim = c.head_dim;
+  const auto keys_of = [&](int64_t block, int head) {
+    return (const uint16_t*)c.keys_NKEP + (block * c.num_kv_heads + head) * head_dim * BLOCK;
+  };
+  const uint16_t *key[V], *next[V];
+  for (int v = 0; v < V; ++v) {
+    key[v] = keys_of(blocks[v], h);
+    if (FETCHES) next[v] = keys_of(next_blocks[v], next_h);
+  }
+  F16 f[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) f[r][v] = splat(0);
+  for (int e = 0; e < head_dim; e += 2) {
+    I16 k[V];
+    for (int v = 0; v < V; ++v) {
+      const uint16_t* p = key[v] + (int64_t)e * BLOCK;
+      k[v] = zip_bf16(p, p + BLOCK);
+      if (FETCHES) fetch(next[v] + (int64_t)e * BLOCK);
+    }
+    for (int r = 0; r < R; ++r) {
+      const I16 x = two_bf16(q + r * q_ld + e);
+      for (int v = 0; v < V; ++v) f[r][v] = dot_bf16(f[r][v], k[v], x);
+    }
+  }
+  for (int v = 0; v < V; ++v)
+    for (int r = 0; r < R; ++r) store(scores + r * CONTEXT + v * BLOCK, mul(f[r][v], splat(scale)));
+}
+
+// Every row's weights are zero from its own context's end to the longest one's, `positions`.
+template <int R, int V, bool IS_WHOLE, bool FETCHES>
+PUNA_INLINE void weigh_pairs(const Cache& c, int h, const int32_t* blocks, int positions,
+                             const uint16_t (*weights)[CONTEXT], int first,
+                             const int32_t* next_blocks, int next_h, float* out) {
+  const int head_dim = c.head_dim;
+  const int64_t size = partial_size(head_dim);
+  const auto values_of = [&](const int32_t* table, int head, int position) {
+    const int64_t block = table[position / BLOCK];
+    return (const uint16_t*)c.values_NKPE + (block * c.num_kv_heads + head) * BLOCK * head_dim;
+  };
+  F16 f[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) f[r][v] = splat(0);
+  for (int j0 = 0; j0 < positions; j0 += BLOCK) {
+    const uint16_t* value = values_of(blocks, h, j0) + first;
+    const uint16_t* next = FETCHES ? values_of(next_blocks, next_h, j0) + first : nullptr;
+    const int stop = positions - j0 < BLOCK ? positions - j0 : BLOCK;
+    for (int j = 0; j < stop; j += 2, value += 2 * head_dim) {
+      if (FETCHES) {
+        for (int i = 0; i < V * LANES; i += 32) fetch(next + i), fetch(next + head_dim + i);
+        next += 2 * head_dim;
+      }
+      // What lies beyond the last position is not ours to multiply, not even by zero.
+      const uint16_t zeros[LANES] = {};
+      I16 x[V];
+      for (int v = 0; v < V; ++v) {
+        const int at = v * LANES, left = head_dim - first - at;
+        const uint16_t *a = value + at, *b = value + head_dim + at;
+        uint16_t part[2][LANES] = {};
+        if (!IS_WHOLE && left < LANES) {
+          for (int i = 0; i < left; ++i) part[0][i] = a[i];
+          for (int i = 0; i < left && j + 1 < stop; ++i) part[1][i] = b[i];
+          a = part[0], b = part[1];
+        }
+        x[v] = zip_bf16(a, j + 1 < stop ? b : zeros);
+      }
+      for (int r = 0; r < R; ++r) {
+        const I16 p = two_bf16(weights[r] + j0 + j);
+        for (int v = 0; v < V; ++v) f[r][v] = dot_bf16(f[r][v], x[v], p);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      const int at = first + v * LANES;
+      if (IS_WHOLE || at + LANES <= head_dim)
+        store(out + r * size + at, f[r][v]);
+      else if (at < head_dim)
+        store_part(out + r * size + at, f[r][v], head_dim - at);
+    }
+}
+
+template <int R, bool FETCHES>
+__attribute__((noinline)) void attend_rows_in_pairs(const Cache& c, int h, const int32_t* blocks,
+                                                    const float* const* q, const int32_t* visible,
+                                                    float scale, const Stretch* next, float* scores,
+                                                    float* out) {
+  const int32_t* ahead = FETCHES ? next->blocks : blocks;
+  const int next_h = FETCHES ? next->h : h;
+  const int num_blocks = (visible[R - 1] + BLOCK - 1) / BLOCK;
+  const int64_t q_ld = (c.head_dim + LANES - 1) / LANES * LANES;
+  uint16_t* q_bf16 = (uint16_t*)(scores + R * CONTEXT);
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < c.head_dim; i += LANES)
+      store_bf16(q_bf16 + r * q_ld + i, columns(q[r], i, c.head_dim));
+  int b = 0;
+  for (; b + HEAD_VECS <= num_blocks; b += HEAD_VECS)
+    score_pairs<R, HEAD_VECS, FETCHES>(c, h, blocks + b, q_bf16, q_ld, scale, ahead + b, next_h,
+                                       scores + b * BLOCK);
+  for (; b < num_blocks; ++b)
+    score_pairs<R, 1, FETCHES>(c, h, blocks + b, q_bf16, q_ld, scale, ahead + b, next_h,
+                               scores + b * BLOCK);
+  uint16_t weights[R][CONTEXT];
+  for (int r = 0; r < R; ++r) {
+    float* s = scores + r * CONTEXT;
+    const int padded = soften(s, visible[r], out + r * partial_size(c.head_dim) + c.head_dim);
+    for (int i = 0; i < num_blocks * BLOCK; i += LANES)
+      store_bf16(weights[r] + i, i < padded ? load(s + i) : splat(0));
+  }
+  constexpr int STEP = HEAD_VECS * LANES;
+  for (int first = 0; first < c.head_dim; first += STEP) {
+    if (first + STEP <= c.head_dim)
+      weigh_pairs<R, HEAD_VECS, true, FETCHES>(c, h, blocks, visible[R - 1], weights, first, ahead,
+                                               next_h, out);
+    else
+      weigh_pairs<R, HEAD_VECS, false, FETCHES>(c, h, blocks, visible[R - 1], weights, first, ahead,
+                                                next_h, out);
+  }
+}
+#endif
+
 template <int KIND, int R, bool FETCHES>
 __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t* blocks,
                                            const float* const* q, const int32_t* visible,
@@ -242,20 +391,7 @@ __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t*
 
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * CONTEXT;
-    const int n = visible[r], padded = (n + LANES - 1) / LANES * LANES;
-    for (int i = n; i < padded; ++i) s[i] = -INFINITY;
-    F16 most = splat(-INFINITY);
-    for (int i = 0; i < padded; i += LANES) most = max(most, load(s + i));
-    const float peak = largest(most);
-    F16 total = splat(0);
-    for (int i = 0; i < padded; i += LANES) {
-      F16 p = exp(sub(load(s + i), splat(peak)));
-      store(s + i, p);
-      total = add(total, p);
-    }
-    float* state = out + r * partial_size(c.head_dim) + c.head_dim;
-    state[0] = peak;
-    state[1] = sum(total);
+    const int padded = soften(s, visible[r], out + r * partial_size(c.head_dim) + c.head_dim);
     if (KIND == CACHE_INT8)
       for (int i = 0; i < padded; i += BLOCK) {
         const float* scales =
@@ -273,6 +409,16 @@ __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t*
                                               out);
 }
 
+typedef void (*AttendRows)(const Cache&, int, const int32_t*, const float* const*, const int32_t*,
+                           float, const Stretch*, float*, float*);
+template <int KIND, int R, bool FETCHES>
+PUNA_INLINE AttendRows kernel_of() {
+#if defined(PUNA_VNNI)
+  if (KIND == CACHE_BFLOAT16) return attend_rows_in_pairs<R, FETCHES>;
+#endif
+  return attend_rows<KIND, R, FETCHES>;
+}
+
 template <int KIND, bool FETCHES>
 void attend_as(const Cache& c, int h, const int32_t* blocks, int rows, const float* const* q,
                const int32_t* visible, float scale, const Stretch* next, float* scores,
@@ -283,9 +429,8 @@ void attend_as(const Cache& c, int h, const int32_t* blocks, int rows, const flo
 #define PUNA_ATTEND(R)                                                                   \
   {                                                                                      \
     const auto attend_some =                                                             \
-        FETCHES && r == 0 ? attend_rows<KIND, R, FETCHES> : attend_rows<KIND, R, false>; \
-    attend_some(c, h, blocks, q + r, visible + r, scale, next, scores + r * CONTEXT,     \
-                out + r * size);                                                         \
+        FETCHES && r == 0 ? kernel_of<KIND, R, FETCHES>() : kernel_of<KIND, R, false>(); \
+    attend_some(c, h, blocks, q + r, visible + r, scale, next, scores, out + r * size);  \
     r += R;                                                                              \
   }
   while (r + HEAD_ROWS <= rows) PUNA_ATTEND(HEAD_ROWS)

@@ -75,11 +75,8 @@ struct Pairs {
 #if defined(PUNA_VNNI)
       if (IS_BF16) {
         for (int m = 0; m < MT; ++m) {
-          int32_t pair;
-          memcpy(&pair, a.b + (m0 + m) * a.stride + 2 * j, 4);
-          __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-          for (int n = 0; n < NT; ++n)
-            f[m][n].v[0] = _mm512_dpbf16_ps(f[m][n].v[0], (__m512bh)b[n].v[0], x);
+          const I16 x = two_bf16(a.b + (m0 + m) * a.stride + 2 * j);
+          for (int n = 0; n < NT; ++n) f[m][n] = dot_bf16(f[m][n], b[n], x);
         }
         continue;
       }

@@ -229,7 +229,7 @@ void Machine::reserve(int64_t cols, int head_dim) {
   const int64_t y_size = Y_ROWS * WIDE_TILES * TILE;
   static_assert(Y_ROWS * WIDE_TILES >= 2 * SINGLE_TILES, "a row of gate and of up must fit in y");
   const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  const int64_t floats[] = {cols_, cols_, y_size, ATTEND_ROWS * CONTEXT, part_rows};
+  const int64_t floats[] = {cols_, cols_, y_size, score_size(head_dim_), part_rows};
   const int64_t blocks = cols_ / 16;
   int64_t total = 64;
   for (int64_t n : floats) total += padded(4 * n);
@@ -248,7 +248,7 @@ void Machine::reserve(int64_t cols, int head_dim) {
     own.acts.stride = cols_;
     own.acts.f = take_floats(cols_);
     own.y = take_floats(y_size);
-    own.scores = take_floats(ATTEND_ROWS * CONTEXT);
+    own.scores = take_floats(score_size(head_dim_));
     own.parts = take_floats(part_rows);
     own.acts.b = reinterpret_cast<uint16_t*>(take(2 * cols_));
     for (int i = 0; i < 2; ++i) {

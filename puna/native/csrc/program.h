@@ -61,7 +61,7 @@ struct Private {
   Acts acts;      // one row
   float* x;       // a row of floats
   float* y;       // a register tile's results, on their way to an array
-  float* scores;  // attention: rows x CONTEXT
+  float* scores;  // attention: a register tile's
   float* parts;   // attention: rows x (E + 2), twice
 };
 

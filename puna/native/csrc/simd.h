@@ -428,6 +428,28 @@ PUNA_INLINE I16 dot4(I16 acc, I16 w, X16 x) {
   return acc;
 }
 
+#if defined(PUNA_VNNI)
+// Sixteen pairs of bfloat16: lane i is (a[i], b[i]).
+PUNA_INLINE I16 zip_bf16(const uint16_t* a, const uint16_t* b) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)),
+                         _mm256_loadu_si256((const __m256i*)b), 1);
+  return {{_mm512_permutexvar_epi16(order, both)}};
+}
+// A pair of bfloat16, the same in every lane.
+PUNA_INLINE I16 two_bf16(const uint16_t* p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  return splat_int(pair);
+}
+// acc + the products of a pair with a pair in every lane.
+PUNA_INLINE F16 dot_bf16(F16 acc, I16 a, I16 b) {
+  return {{_mm512_dpbf16_ps(acc.v[0], (__m512bh)a.v[0], (__m512bh)b.v[0])}};
+}
+#endif
+
 // Bring a cache line nearer, into L2.
 PUNA_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
