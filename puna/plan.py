@@ -100,7 +100,7 @@ def plan(facts: CheckpointFacts, config: BuildConfig) -> EngineConfig:
     dtype: str = resolved["dtype"][0]
     weights = _weight_formats(facts, config, dtype)
     resolved["quant"] = _quant(facts, config, weights)
-    resolved["kv_dtype"] = _kv_dtype(config, dtype)
+    resolved["kv_dtype"] = _kv_dtype(config, dtype, weights)
     resolved["ffn_multiple"] = _ffn_multiple(config, weights)
     _check_groups(facts, config)
     limits = _limits(spec, config, resolved)
@@ -187,13 +187,20 @@ def _quant(
     return label, f"as asked: {shares}"
 
 
-def _kv_dtype(config: BuildConfig, dtype: str) -> tuple[str, str]:
+def _kv_dtype(config: BuildConfig, dtype: str, weights: dict[str, Format]) -> tuple[str, str]:
     if config.kv_dtype == "fp8":
         raise ConfigError(
             "kv-dtype fp8 is not available on target cpu in this version: use auto or int8"
         )
     if config.kv_dtype != "auto":
         return config.kv_dtype, "as asked"
+    if dtype == "float32":
+        return "float32", "the same as dtype"
+    if not all(fmt.is_dense for fmt in weights.values()):
+        return "bfloat16", (
+            "as small as float16 and faster to multiply; the rounding of activations to int8 "
+            "outweighs its own"
+        )
     if dtype == "bfloat16":
         return "float16", "as small as bfloat16 and finer; keys and values are far within its range"
     return dtype, "the same as dtype"

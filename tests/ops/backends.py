@@ -53,7 +53,7 @@ def as_multiplied(x_TK: Array, fmt: Format, ops: Backend) -> Array:
     if not isinstance(ops, CpuOps):
         return x_TK.astype(np.float64)
     if fmt.is_dense:
-        is_rounded = fmt.dtype == "bfloat16" and ops.instruction_set == "avx512vnni"
+        is_rounded = fmt.dtype == "bfloat16" and multiplies_bfloat16(ops)
         return _to_bfloat16(x_TK) if is_rounded else x_TK.astype(np.float64)
     size = 32 if fmt.group_size % 32 == 0 else 16
     out_TK = np.empty(x_TK.shape)
@@ -64,6 +64,10 @@ def as_multiplied(x_TK: Array, fmt: Format, ops: Backend) -> Array:
         scale = largest / np.float32(127)
         out_TK[row, start * size : (start + 1) * size] = q.astype(np.float64) * float(scale)
     return out_TK
+
+
+def multiplies_bfloat16(ops: Backend) -> bool:
+    return isinstance(ops, CpuOps) and ops.instruction_set == "avx512vnni"
 
 
 def _to_bfloat16(x: Array) -> Array:

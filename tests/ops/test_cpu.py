@@ -143,8 +143,10 @@ def test_instruction_sets_differ_by_rounding_only() -> None:
         results = [layer.run(ops) for ops in machines if isinstance(ops, CpuOps)]
         for found in results[1:]:
             for a, b in zip(found[:2], results[0][:2], strict=True):
-                # An activation next to a rounding boundary may fall to either side.
-                bound = 2e-2 if layer.name.startswith("int") or layer.dtype == "int8" else 1e-3
+                # An activation next to a rounding boundary may fall to either side, and one of them
+                # rounds queries and softmax's weights where the cache is bfloat16.
+                is_int = layer.name.startswith("int") or layer.dtype == "int8"
+                bound = 5e-2 if is_int else 5e-3 if layer.dtype == "bfloat16" else 1e-3
                 assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b), (seed, layer.name)
 
 

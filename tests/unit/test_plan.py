@@ -64,7 +64,7 @@ def test_plan_is_pure() -> None:
     before = repr(given)
     once, again = plan(given, config), plan(given, config)
     assert once.to_bytes() == again.to_bytes() and repr(given) == before
-    assert json.loads(once.to_bytes())["resolved"]["kv_dtype"] == ["float16", "the same as dtype"]
+    assert json.loads(once.to_bytes())["resolved"]["kv_dtype"][0] == "bfloat16"
     assert len(once.memory) == 8
 
 
@@ -127,6 +127,10 @@ def test_kv_dtype() -> None:
     assert (usual.kv_dtype, small.kv_dtype) == ("float16", "int8")
     assert plan(facts(), BuildConfig(kv_dtype="bfloat16")).kv_dtype == "bfloat16"
     assert plan(facts(), BuildConfig(dtype="float32")).kv_dtype == "float32"
+    assert plan(facts(), BuildConfig(quant="int8")).kv_dtype == "bfloat16"
+    assert plan(facts(fmt="int4-g32"), BuildConfig()).kv_dtype == "bfloat16"
+    assert plan(facts(), BuildConfig(dtype="float32", quant="int8")).kv_dtype == "float32"
+    assert plan(facts(), BuildConfig(dtype="float16")).kv_dtype == "float16"
     assert small.resolved["kv_dtype"] == ("int8", "as asked")
     tokens = usual.limits.num_blocks * usual.limits.block_size * SPEC.num_layers * 2
     assert usual.memory[0].kv_cache == tokens * SPEC.kv_size * 2
