@@ -8,6 +8,8 @@ namespace {
 // Rows of a GEMM whose results are kept in `Private::y` at a time; a multiple of the register
 // tiles.
 constexpr int Y_ROWS = 48;
+// Rows are cut into pieces of multiples of this, a register tile's.
+constexpr int64_t ROW_UNIT = 6;
 // Rows that a thread takes for itself in every product, at least.
 constexpr int GROUP_ROWS = 32;
 // Tiles at a time where there is one row, at most, and bytes of weights that make a piece of work
@@ -70,7 +72,8 @@ struct Pieces {
     const int64_t groups = std::min<int64_t>(num_threads, std::max(1, all_rows / GROUP_ROWS));
     group_rows = (num_rows + groups - 1) / groups;
     row_steps = (group_rows + rows_at_once - 1) / rows_at_once;
-    rows = std::min<int64_t>(rows_at_once, (group_rows / row_steps + 5) / 6 * 6);
+    rows = std::min<int64_t>(
+        {rows_at_once, group_rows, (group_rows / row_steps + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT});
     row_steps = (group_rows + rows - 1) / rows;
     group_count = (num_tiles + tiles - 1) / tiles * row_steps;
     count = groups * group_count;
