@@ -475,10 +475,10 @@ PUNA_INLINE int32_t sum(I16 x) {
 #if defined(PUNA_AVX512)
   return visum(x.v[0]);
 #else
-  int32_t a[LANES], total = 0;
+  uint32_t a[LANES], total = 0;  // unsigned: what was no number may add up to anything
   memcpy(a, &x, sizeof a);
   for (int i = 0; i < LANES; ++i) total += a[i];
-  return total;
+  return (int32_t)total;
 #endif
 }
 PUNA_INLINE float largest(F16 x) {  // a NaN among the lanes may get lost
