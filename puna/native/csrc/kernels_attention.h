@@ -226,20 +226,18 @@ PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32
 }
 
 // Scores become weights: exponentials relative to the largest of them, which goes to state[0], and
-// their sum to state[1]. Weights from n on, to the next multiple of 16, are 0; returns that
-// multiple.
-PUNA_INLINE int soften(float* s, int n, float* state) {
+// their sum to state[1]. round(place, weights) gives the weights as they will be multiplied.
+// Weights from n on, to the next multiple of 16, are 0; returns that multiple.
+template <class Round>
+PUNA_INLINE int soften(float* s, int n, float* state, Round round) {
   const int padded = (n + LANES - 1) / LANES * LANES;
   for (int i = n; i < padded; ++i) s[i] = -INFINITY;
   F16 most = splat(-INFINITY);
   for (int i = 0; i < padded; i += LANES) most = max(most, load(s + i));
   const float peak = largest(most);
   F16 total = splat(0);
-  for (int i = 0; i < padded; i += LANES) {
-    F16 p = exp(sub(load(s + i), splat(peak)));
-    store(s + i, p);
-    total = add(total, p);
-  }
+  for (int i = 0; i < padded; i += LANES)
+    total = add(total, round(i, exp(sub(load(s + i), splat(peak)))));
   state[0] = peak;
   state[1] = sum(total);
   return padded;
@@ -358,9 +356,12 @@ __attribute__((noinline)) void attend_rows_in_pairs(const Cache& c, int h, const
   uint16_t weights[R][CONTEXT];
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * CONTEXT;
-    const int padded = soften(s, visible[r], out + r * partial_size(c.head_dim) + c.head_dim);
-    for (int i = 0; i < num_blocks * BLOCK; i += LANES)
-      store_bf16(weights[r] + i, i < padded ? load(s + i) : splat(0));
+    float* state = out + r * partial_size(c.head_dim) + c.head_dim;
+    const int padded = soften(s, visible[r], state, [&](int i, F16 p) {
+      store_bf16(weights[r] + i, p);
+      return load_bf16(weights[r] + i);
+    });
+    for (int i = padded; i < num_blocks * BLOCK; i += LANES) store_bf16(weights[r] + i, splat(0));
   }
   constexpr int STEP = HEAD_VECS * LANES;
   for (int first = 0; first < c.head_dim; first += STEP) {
@@ -391,7 +392,11 @@ __attribute__((noinline)) void attend_rows(const Cache& c, int h, const int32_t*
 
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * CONTEXT;
-    const int padded = soften(s, visible[r], out + r * partial_size(c.head_dim) + c.head_dim);
+    float* state = out + r * partial_size(c.head_dim) + c.head_dim;
+    const int padded = soften(s, visible[r], state, [&](int i, F16 p) {
+      store(s + i, p);
+      return p;
+    });
     if (KIND == CACHE_INT8)
       for (int i = 0; i < padded; i += BLOCK) {
         const float* scales =
