@@ -468,7 +468,10 @@ void attend(const Cache* cache, int h, const int32_t* blocks, int start, int row
 void fold(float* state, const float* part, int head_dim) {
   const float peak = state[head_dim], other = part[head_dim];
   const float most = peak > other ? peak : other;
-  const F16 old_factor = exp(splat(peak - most)), new_factor = exp(splat(other - most));
+  // One of the two factors is e^0.
+  const F16 one = splat(1);
+  const F16 old_factor = peak == most ? one : exp(splat(peak - most));
+  const F16 new_factor = other == most ? one : exp(splat(other - most));
   int i = 0;
   for (; i + LANES <= head_dim; i += LANES)
     store(state + i, fma(load(part + i), new_factor, mul(load(state + i), old_factor)));

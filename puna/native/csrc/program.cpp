@@ -221,6 +221,27 @@ int64_t num_chunks(int context) { return (context + CONTEXT - 1) / CONTEXT; }
 
 }  // namespace
 
+float* Heads::query(int row, int h) const {
+  return q_TQ + (static_cast<int64_t>(row) * num_heads + h) * cache.head_dim;
+}
+
+void Heads::rotate(const Kernels& k, int row, const float* head, float* out) const {
+  const int64_t angle = static_cast<int64_t>(batch.positions_T[row]) * (cache.head_dim / 2);
+  k.rope(head, rope.cos_PE + angle, rope.sin_PE + angle, cache.head_dim, out);
+}
+
+void Heads::rotate_query(const Kernels& k, int row, int h, float* out) const {
+  rotate(k, row, query(row, h), out);
+}
+
+void Heads::place_key_and_value(const Kernels& k, int row, int h, float* own) const {
+  const int64_t kv_size = static_cast<int64_t>(cache.num_kv_heads) * cache.head_dim;
+  const float* key = kv_TX + row * 2 * kv_size + static_cast<int64_t>(h) * cache.head_dim;
+  rotate(k, row, key, own);
+  k.store_key(&cache, h, batch.slots_T[row], own);
+  k.store_value(&cache, h, batch.slots_T[row], key + kv_size);
+}
+
 Machine::Machine(int num_threads, const Kernels* table)
     : pool(num_threads), kernels(table), privates(static_cast<size_t>(num_threads)) {}
 
@@ -305,8 +326,33 @@ void Program::settle() {
   });
 }
 
+void Program::place_heads() {
+  if (!unplaced_.is_due) return;
+  unplaced_.is_due = false;
+  Machine& m = *machine_;
+  const Heads all = unplaced_;
+  add([=, &m](int thread) {
+    const Kernels& k = *m.kernels;
+    float* const own = m.privates[static_cast<size_t>(thread)].x;
+    const int num_kv_heads = all.cache.num_kv_heads, head_dim = all.cache.head_dim;
+    const int heads = all.num_heads + num_kv_heads;
+    const auto place = [&](int row, int h) {
+      if (h >= all.num_heads) return all.place_key_and_value(k, row, h - all.num_heads, own);
+      all.rotate_query(k, row, h, own);
+      std::copy(own, own + head_dim, all.query(row, h));
+    };
+    const int64_t count = static_cast<int64_t>(all.num_tokens) * heads;
+    m.pool.share(thread, count, all.num_tokens == 1 ? 1 : heads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        place(static_cast<int>(i / heads), static_cast<int>(i % heads));
+    });
+    m.pool.barrier();
+  });
+}
+
 void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const Rope& rope,
                   const Batch& batch, const Cache& cache, float* q_TQ, int num_heads) {
+  place_heads();
   settle();
   Machine& m = *machine_;
   m.reserve(std::max<int64_t>(x.hidden_size, cache.head_dim), cache.head_dim);
@@ -327,32 +373,11 @@ void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const
     });
     project(m, thread, linear, acts, num_tokens, ToQueriesAndCache{q_TQ, kv_TX, q_size, kv_size});
     m.pool.barrier();
-    const int num_kv_heads = cache.num_kv_heads, heads = num_heads + 2 * num_kv_heads;
-    const auto finish_head = [&](int64_t row, int h) {
-      const int kv = h - num_heads;
-      const int64_t angle = static_cast<int64_t>(batch.positions_T[row]) * (head_dim / 2);
-      const float *cos = rope.cos_PE + angle, *sin = rope.sin_PE + angle;
-      if (kv < 0) {
-        float* head = q_TQ + row * q_size + static_cast<int64_t>(h) * head_dim;
-        k.rope(head, cos, sin, head_dim, own);
-        std::copy(own, own + head_dim, head);
-      } else if (kv < num_kv_heads) {
-        k.rope(kv_TX + row * 2 * kv_size + static_cast<int64_t>(kv) * head_dim, cos, sin, head_dim,
-               own);
-        k.store_key(&cache, kv, batch.slots_T[row], own);
-      } else {
-        k.store_value(&cache, kv - num_kv_heads, batch.slots_T[row],
-                      kv_TX + row * 2 * kv_size + static_cast<int64_t>(kv) * head_dim);
-      }
-    };
-    const int64_t count = static_cast<int64_t>(num_tokens) * heads;
-    m.pool.share(thread, count, num_tokens == 1 ? 1 : heads, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) finish_head(i / heads, static_cast<int>(i % heads));
-    });
-    m.pool.barrier();
   });
   is_unsettled_ = num_tokens == 1;
   unsettled_ = x;
+  unplaced_ = {true, rope, batch, cache, q_TQ, scratch_.kv_TX, num_heads, num_tokens};
+  if (num_tokens > 1) place_heads();
 }
 
 namespace {
@@ -369,6 +394,7 @@ struct AttentionWork {
   float* attn_part;
   int64_t max_chunks;
   float* attended_TQ;
+  const Heads* unplaced;  // or null: queries are rotated, and the cache has their keys and values
   Private& own;
 
   int shared_heads() const { return num_heads / cache.num_kv_heads; }
@@ -403,13 +429,22 @@ struct AttentionWork {
     const int row = batch.query_start_S1[s], shared = shared_heads();
     const int start = static_cast<int>(chunk) * CONTEXT;
     const int visible = std::min(CONTEXT, batch.seq_lens_S[s] - start);
+    // Only the last stretch reads the new key and value.
+    if (unplaced && start + visible == batch.seq_lens_S[s])
+      unplaced->place_key_and_value(k, row, h, own.x);
     for (int first = 0; first < shared; first += ATTEND_ROWS) {
       const int count = std::min(ATTEND_ROWS, shared - first);
       const float* q[ATTEND_ROWS];
       int32_t sees[ATTEND_ROWS];
       for (int r = 0; r < count; ++r) {
-        q[r] = head_of(row, h * shared + first + r);
+        const int head = h * shared + first + r;
+        q[r] = head_of(row, head);
         sees[r] = visible;
+        if (unplaced) {
+          float* rotated = own.x + static_cast<int64_t>(head) * cache.head_dim;
+          unplaced->rotate_query(k, row, head, rotated);
+          q[r] = rotated;
+        }
       }
       // A single query reads its context once: while one stretch is computed, the next comes
       // nearer.
@@ -495,6 +530,11 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
   const int wanted = forms(out), num_tokens = x.num_tokens;
   const bool settles = is_unsettled_;
   is_unsettled_ = false;
+  // One query's heads are placed by whoever reads them first.
+  const bool places = unplaced_.is_due && unplaced_.q_TQ == q_TQ;
+  if (!places) place_heads();
+  const Heads unplaced = unplaced_;
+  unplaced_.is_due = false;
   add([=, &m](int thread) {
     const Kernels& k = *m.kernels;
     Private& own = m.privates[static_cast<size_t>(thread)];
@@ -506,6 +546,7 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
                        scratch.attn_part,
                        scratch.max_chunks,
                        scratch.attended_TQ,
+                       places ? &unplaced : nullptr,
                        own};
     int64_t total = 0;
     for (int s = 0; s < batch.num_seqs; ++s) total += work.pieces(s);
@@ -534,6 +575,7 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
 }
 
 void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, float* act_TF) {
+  place_heads();
   settle();
   Machine& m = *machine_;
   m.reserve(x.hidden_size, 0);
@@ -597,6 +639,7 @@ void Program::down(const float* act_TF, const Linear& linear, const Stream& x) {
 
 void Program::head(const Stream& x, const int32_t* rows_L, int num_rows, const Norm& norm,
                    const Linear& linear, float* logits_LV, int64_t stride) {
+  place_heads();
   settle();
   Machine& m = *machine_;
   m.reserve(x.hidden_size, 0);
@@ -617,7 +660,10 @@ void Program::head(const Stream& x, const int32_t* rows_L, int num_rows, const N
   });
 }
 
-void Program::end() { settle(); }
+void Program::end() {
+  place_heads();
+  settle();
+}
 
 void Program::run() {
   machine_->pool.run([this](int thread) {

@@ -46,6 +46,25 @@ struct Rope {
   const float* sin_PE;
 };
 
+// A step's heads as qkv leaves them: not rotated, and not in the cache.
+struct Heads {
+  bool is_due;
+  Rope rope;
+  Batch batch;
+  Cache cache;
+  float* q_TQ;
+  float* kv_TX;  // keys, then values
+  int32_t num_heads, num_tokens;
+
+  float* query(int row, int h) const;
+  void rotate_query(const Kernels& k, int row, int h, float* out) const;
+  // `own` has room for a head.
+  void place_key_and_value(const Kernels& k, int row, int h, float* own) const;
+
+ private:
+  void rotate(const Kernels& k, int row, const float* head, float* out) const;
+};
+
 // Arrays that operations use between their phases.
 struct Scratch {
   Acts acts;
@@ -103,6 +122,7 @@ class Program {
   typedef std::function<void(int thread)> Op;
 
   void settle();
+  void place_heads();
   int forms(const Linear& linear) const;
   void add(Op op) { ops_.push_back(std::move(op)); }
 
@@ -113,4 +133,6 @@ class Program {
   // that writes `partial` does it, column by column.
   bool is_unsettled_ = false;
   Stream unsettled_{};
+  // With one row, heads are rotated and stored by attention, which spares a barrier.
+  Heads unplaced_{};
 };
