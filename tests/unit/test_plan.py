@@ -127,7 +127,7 @@ def test_kv_dtype() -> None:
     assert (usual.kv_dtype, small.kv_dtype) == ("float16", "int8")
     assert plan(facts(), BuildConfig(kv_dtype="bfloat16")).kv_dtype == "bfloat16"
     assert plan(facts(), BuildConfig(dtype="float32")).kv_dtype == "float32"
-    assert plan(facts(), BuildConfig(quant="int8")).kv_dtype == "bfloat16"
+    assert plan(facts(), BuildConfig(quant="int8")).kv_dtype == "float16"
     assert plan(facts(fmt="int4-g32"), BuildConfig()).kv_dtype == "bfloat16"
     assert plan(facts(), BuildConfig(dtype="float32", quant="int8")).kv_dtype == "float32"
     assert plan(facts(), BuildConfig(dtype="float16")).kv_dtype == "float16"
