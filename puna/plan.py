@@ -196,8 +196,9 @@ def _kv_dtype(config: BuildConfig, dtype: str, weights: dict[str, Format]) -> tu
         return config.kv_dtype, "as asked"
     if dtype == "float32":
         return "float32", "the same as dtype"
-    # Not beside weights that are rounded here: what is left of the accuracy is worth more than 2 %
-    # of the speed (WikiText-2 perplexity of SmolLM2 in int8: 0.55 % up, 0.37 % with float16).
+    # Not beside weights that are rounded here: what is left of the accuracy is worth more than a
+    # few per cent of the speed (WikiText-2 perplexity of SmolLM2 in int8: 0.55 % up with bfloat16,
+    # 0.37 % with float16).
     if config.quant == "auto" and not all(fmt.is_dense for fmt in weights.values()):
         return "bfloat16", (
             "as small as float16 and faster to multiply; the rounding of activations to int8 "

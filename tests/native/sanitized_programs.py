@@ -116,7 +116,7 @@ def programs_of_one_pool(threads: int, first_seed: int) -> None:
     recorded = [layer.record(ops) for layer in layers]
     expected: dict[int, list] = {}
     for turn in range(6):
-        for i, (layer, (program, outputs)) in enumerate(zip(layers, recorded, strict=True)):
+        for i, (layer, ((program,), outputs)) in enumerate(zip(layers, recorded, strict=True)):
             for array, before in zip(cache_arrays(layer.step.cache), layer.before, strict=True):
                 array[:] = before
             outputs[0][:], outputs[1][:] = layer.start

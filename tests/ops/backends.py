@@ -54,7 +54,7 @@ def as_multiplied(x_TK: Array, fmt: Format, ops: Backend) -> Array:
         return x_TK.astype(np.float64)
     if fmt.is_dense:
         is_rounded = fmt.dtype == "bfloat16" and multiplies_bfloat16(ops)
-        return _to_bfloat16(x_TK) if is_rounded else x_TK.astype(np.float64)
+        return to_bfloat16(x_TK) if is_rounded else x_TK.astype(np.float64)
     size = 32 if fmt.group_size % 32 == 0 else 16
     out_TK = np.empty(x_TK.shape)
     for row, start in np.ndindex(len(x_TK), -(-x_TK.shape[1] // size)):
@@ -70,7 +70,7 @@ def multiplies_bfloat16(ops: Backend) -> bool:
     return isinstance(ops, CpuOps) and ops.instruction_set == "avx512vnni"
 
 
-def _to_bfloat16(x: Array) -> Array:
+def to_bfloat16(x: Array) -> Array:
     bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32)
     return rounded.view(np.float32).astype(np.float64)

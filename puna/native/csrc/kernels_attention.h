@@ -21,6 +21,8 @@ constexpr int HEAD_ROWS = 3, HEAD_VECS = 2;
 constexpr int HEAD_ROWS = 2, HEAD_VECS = 1;
 #endif
 
+static_assert(HEAD_ROWS <= SCORE_ROWS, "scores have room for a register tile's rows");
+
 template <int KIND>
 struct Stored;
 template <>
@@ -61,6 +63,16 @@ struct Stored<CACHE_INT8> {
   }
 };
 
+// The keys [E, P] and the values [P, E] of a block's KV head.
+template <class Type>
+PUNA_INLINE Type* keys_of(const Cache& c, int64_t block, int h) {
+  return (Type*)c.keys_NKEP + (block * c.num_kv_heads + h) * c.head_dim * BLOCK;
+}
+template <class Type>
+PUNA_INLINE Type* values_of(const Cache& c, int64_t block, int h) {
+  return (Type*)c.values_NKPE + (block * c.num_kv_heads + h) * BLOCK * c.head_dim;
+}
+
 PUNA_INLINE float largest_of(const float* x, int n) {
   F16 most = splat(0);
   for (int i = 0; i < n; i += LANES) most = max(most, abs(columns(x, i, n)));
@@ -90,7 +102,7 @@ template <int KIND>
 void store_key_as(const Cache& c, int h, int slot, const float* x) {
   typedef typename Stored<KIND>::Type Type;
   const int64_t head = (int64_t)(slot / BLOCK) * c.num_kv_heads + h;
-  Type* p = (Type*)c.keys_NKEP + head * c.head_dim * BLOCK + slot % BLOCK;
+  Type* p = keys_of<Type>(c, slot / BLOCK, h) + slot % BLOCK;
   float* scale = KIND == CACHE_INT8 ? c.key_scales_NKP + head * BLOCK + slot % BLOCK : nullptr;
   store_head<KIND>(x, c.head_dim, scale, [&](int first, int n, const Type* a) {
     for (int i = 0; i < n; ++i) p[(int64_t)(first + i) * BLOCK] = a[i];
@@ -101,7 +113,7 @@ template <int KIND>
 void store_value_as(const Cache& c, int h, int slot, const float* x) {
   typedef typename Stored<KIND>::Type Type;
   const int64_t head = (int64_t)(slot / BLOCK) * c.num_kv_heads + h;
-  Type* p = (Type*)c.values_NKPE + (head * BLOCK + slot % BLOCK) * c.head_dim;
+  Type* p = values_of<Type>(c, slot / BLOCK, h) + (int64_t)(slot % BLOCK) * c.head_dim;
   float* scale = KIND == CACHE_INT8 ? c.value_scales_NKP + head * BLOCK + slot % BLOCK : nullptr;
   store_head<KIND>(x, c.head_dim, scale, [&](int first, int n, const Type* a) {
     memcpy(p + first, a, sizeof(Type) * (size_t)n);
@@ -133,13 +145,10 @@ PUNA_INLINE void score(const Cache& c, int h, const int32_t* blocks, const float
                        float scale, const int32_t* next_blocks, int next_h, float* scores) {
   typedef typename Stored<KIND>::Type Type;
   const int head_dim = c.head_dim;
-  const auto keys_of = [&](int64_t block, int head) {
-    return (const Type*)c.keys_NKEP + (block * c.num_kv_heads + head) * head_dim * BLOCK;
-  };
   const Type *key[V], *next[V];
   for (int v = 0; v < V; ++v) {
-    key[v] = keys_of(blocks[v], h);
-    if (FETCHES) next[v] = keys_of(next_blocks[v], next_h);
+    key[v] = keys_of<Type>(c, blocks[v], h);
+    if (FETCHES) next[v] = keys_of<Type>(c, next_blocks[v], next_h);
   }
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
@@ -183,18 +192,14 @@ PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32
   typedef typename Stored<KIND>::Type Type;
   const int head_dim = c.head_dim, common = visible[0];
   const int64_t size = partial_size(head_dim);
-  const auto values_of = [&](const int32_t* table, int head, int position) {
-    const int64_t block = table[position / BLOCK];
-    return (const Type*)c.values_NKPE +
-           ((block * c.num_kv_heads + head) * BLOCK + position % BLOCK) * head_dim;
-  };
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) f[r][v] = splat(0);
   for (int j0 = 0; j0 < common; j0 += BLOCK) {
-    const Type* value = values_of(blocks, h, j0);
+    const Type* value = values_of<Type>(c, blocks[j0 / BLOCK], h);
     const char* next =
-        FETCHES ? (const char*)(values_of(next_blocks, next_h, j0) + first) : nullptr;
+        FETCHES ? (const char*)(values_of<Type>(c, next_blocks[j0 / BLOCK], next_h) + first)
+                : nullptr;
     const int stop = common - j0 < BLOCK ? common - j0 : BLOCK;
     for (int j = 0; j < stop; ++j, value += head_dim) {
       F16 x[V];
@@ -215,9 +220,11 @@ PUNA_INLINE void weigh(const Cache& c, int h, const int32_t* blocks, const int32
       const int at = first + v * LANES;
       if (!IS_WHOLE && at >= head_dim) continue;
       F16 total = f[r][v];
-      for (int j = common; j < visible[r]; ++j)
-        total = fma(value_at<KIND, IS_WHOLE>(values_of(blocks, h, j), at, head_dim),
-                    splat(scores[r * CONTEXT + j]), total);
+      for (int j = common; j < visible[r]; ++j) {
+        const Type* value = values_of<Type>(c, blocks[j / BLOCK], h) + j % BLOCK * head_dim;
+        total = fma(value_at<KIND, IS_WHOLE>(value, at, head_dim), splat(scores[r * CONTEXT + j]),
+                    total);
+      }
       if (IS_WHOLE || at + LANES <= head_dim)
         store(out + r * size + at, total);
       else
@@ -244,8 +251,9 @@ PUNA_INLINE int soften(float* s, int n, float* state, Round round) {
 }
 
 #if defined(PUNA_VNNI)
-// The same two for a bfloat16 cache, with dot products of bfloat16 pairs: queries and weights are
-// rounded to bfloat16, and pairs of dimensions, or of positions, are brought together on the way.
+// `score` and `weigh` for a bfloat16 cache, with dot products of bfloat16 pairs: queries and
+// weights are rounded to bfloat16, and pairs of dimensions, or of positions, are brought together
+// on the way.
 
 // q_ld: from one query of `q` to the next.
 template <int R, int V, bool FETCHES>
@@ -253,13 +261,10 @@ PUNA_INLINE void score_pairs(const Cache& c, int h, const int32_t* blocks, const
                              int64_t q_ld, float scale, const int32_t* next_blocks, int next_h,
                              float* scores) {
   const int head_dim = c.head_dim;
-  const auto keys_of = [&](int64_t block, int head) {
-    return (const uint16_t*)c.keys_NKEP + (block * c.num_kv_heads + head) * head_dim * BLOCK;
-  };
   const uint16_t *key[V], *next[V];
   for (int v = 0; v < V; ++v) {
-    key[v] = keys_of(blocks[v], h);
-    if (FETCHES) next[v] = keys_of(next_blocks[v], next_h);
+    key[v] = keys_of<uint16_t>(c, blocks[v], h);
+    if (FETCHES) next[v] = keys_of<uint16_t>(c, next_blocks[v], next_h);
   }
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
@@ -287,16 +292,13 @@ PUNA_INLINE void weigh_pairs(const Cache& c, int h, const int32_t* blocks, int p
                              const int32_t* next_blocks, int next_h, float* out) {
   const int head_dim = c.head_dim;
   const int64_t size = partial_size(head_dim);
-  const auto values_of = [&](const int32_t* table, int head, int position) {
-    const int64_t block = table[position / BLOCK];
-    return (const uint16_t*)c.values_NKPE + (block * c.num_kv_heads + head) * BLOCK * head_dim;
-  };
   F16 f[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) f[r][v] = splat(0);
   for (int j0 = 0; j0 < positions; j0 += BLOCK) {
-    const uint16_t* value = values_of(blocks, h, j0) + first;
-    const uint16_t* next = FETCHES ? values_of(next_blocks, next_h, j0) + first : nullptr;
+    const uint16_t* value = values_of<uint16_t>(c, blocks[j0 / BLOCK], h) + first;
+    const uint16_t* next =
+        FETCHES ? values_of<uint16_t>(c, next_blocks[j0 / BLOCK], next_h) + first : nullptr;
     const int stop = positions - j0 < BLOCK ? positions - j0 : BLOCK;
     for (int j = 0; j < stop; j += 2, value += 2 * head_dim) {
       if (FETCHES) {

@@ -32,7 +32,7 @@ struct Float32 {
 
   template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
-                                int64_t ld, int) {
+                                int64_t ld) {
     const float* p = (const float*)w.data + (int64_t)tile * w.k * TILE;
     const int64_t next = (int64_t)w.k * TILE;
     F16 f[MT][NT];
@@ -59,7 +59,7 @@ struct Pairs {
 
   template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
-                                int64_t ld, int) {
+                                int64_t ld) {
     const int pairs = (w.k + 1) / 2;
     const int64_t next = (int64_t)pairs * 2 * TILE;
     const uint16_t* p = (const uint16_t*)w.data + tile * next;
@@ -112,7 +112,7 @@ struct Integer {
 
   template <int MT, int NT>
   static PUNA_INLINE void micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
-                                int64_t ld, int turn) {
+                                int64_t ld) {
     const bool is_f32 = w.scale_f32;
     const int64_t scale_bytes = TILE * (is_f32 ? 4 : 2);
     const int64_t next_q = padded_cols(w) * TILE * BITS / 8, next_s = num_groups(w) * scale_bytes;
@@ -132,7 +132,7 @@ struct Integer {
       for (int n = 0; n < NT; ++n) f[m][n] = splat(0);
     // While some rows are multiplied, a quarter of the next tiles' lines comes nearer: 3 % of a
     // prompt of 128 tokens (Zen 4, 2026-11).
-    const uint8_t* ahead = q + TILES * next_q + turn % 4 * 64;
+    const uint8_t* ahead = q + TILES * next_q + m0 / MT % 4 * 64;
     int left = blocks_a_group;
     for (int b = 0; b < num_blocks; ++b) {
       if (TILES > 1 && MT == ROWS)
@@ -207,23 +207,21 @@ struct Integer {
 // time.
 template <class Kernel, int MT, int NT>
 __attribute__((noinline)) void run_micro(const Matrix& w, int tile, const Acts& a, int m0, float* y,
-                                         int64_t ld, int turn) {
-  Kernel::template micro<MT, NT>(w, tile, a, m0, y, ld, turn);
+                                         int64_t ld) {
+  Kernel::template micro<MT, NT>(w, tile, a, m0, y, ld);
 }
 
 template <class Kernel, int NT>
 void run_rows(const Matrix& w, int tile, const Acts& a, int m0, int m1, float* y, int64_t ld) {
   constexpr int ROWS = Kernel::ROWS;
-  int m = m0, turn = 0;
+  int m = m0;
   for (; m + ROWS <= m1; m += ROWS)
-    run_micro<Kernel, ROWS, NT>(w, tile, a, m, y + (m - m0) * ld, ld, turn++);
+    run_micro<Kernel, ROWS, NT>(w, tile, a, m, y + (m - m0) * ld, ld);
   if (ROWS > 4)
-    for (; m + 4 <= m1; m += 4)
-      run_micro<Kernel, 4, NT>(w, tile, a, m, y + (m - m0) * ld, ld, turn++);
+    for (; m + 4 <= m1; m += 4) run_micro<Kernel, 4, NT>(w, tile, a, m, y + (m - m0) * ld, ld);
   if (ROWS > 2)
-    for (; m + 2 <= m1; m += 2)
-      run_micro<Kernel, 2, NT>(w, tile, a, m, y + (m - m0) * ld, ld, turn++);
-  for (; m < m1; ++m) run_micro<Kernel, 1, NT>(w, tile, a, m, y + (m - m0) * ld, ld, turn++);
+    for (; m + 2 <= m1; m += 2) run_micro<Kernel, 2, NT>(w, tile, a, m, y + (m - m0) * ld, ld);
+  for (; m < m1; ++m) run_micro<Kernel, 1, NT>(w, tile, a, m, y + (m - m0) * ld, ld);
 }
 
 template <class Kernel>
@@ -232,7 +230,7 @@ void run_tiles(const Matrix& w, int t0, int t1, const Acts& a, int m0, int m1, f
   int t = t0;
   if (m1 - m0 == 1) {  // each weight is used once: one stream, or several where a sum would wait
     constexpr int NT = Kernel::SINGLE;
-    for (; t + NT <= t1; t += NT) run_micro<Kernel, 1, NT>(w, t, a, m0, y + (t - t0) * TILE, ld, 0);
+    for (; t + NT <= t1; t += NT) run_micro<Kernel, 1, NT>(w, t, a, m0, y + (t - t0) * TILE, ld);
   } else if (TILES > 1) {
     for (; t + TILES <= t1; t += TILES)
       run_rows<Kernel, TILES>(w, t, a, m0, m1, y + (t - t0) * TILE, ld);

@@ -121,6 +121,7 @@ class Program {
  private:
   typedef std::function<void(int thread)> Op;
 
+  // Do what was put off (below), or the heads alone.
   void settle();
   void place_heads();
   int forms(const Linear& linear) const;
@@ -133,6 +134,7 @@ class Program {
   // that writes `partial` does it, column by column.
   bool is_unsettled_ = false;
   Stream unsettled_{};
-  // With one row, heads are rotated and stored by attention, which spares a barrier.
+  // With one row, heads are rotated and stored by attention, which spares a barrier. Queries then
+  // stay in q_TQ as they were projected.
   Heads unplaced_{};
 };
