@@ -90,9 +90,10 @@ struct Kernels {
                float* out, float* sum);
   // One row x[k] into row `row` of the forms asked for (AS_FLOAT: unless x is that row already).
   void (*convert)(const float* x, int k, int forms, const Acts* acts, int row);
-  // y[(m - m0) * ld + (t - t0) * 16 + lane] = dot products of rows m0..m1 with tiles t0..t1.
+  // y[(m - m0) * ld + (t - t0) * 16 + lane] = dot products of rows m0..m1 with tiles t0..t1. The
+  // weights of the tiles behind these are fetched on the way if `fetches`.
   void (*gemm)(const Matrix* w, int t0, int t1, const Acts* acts, int m0, int m1, float* y,
-               int64_t ld);
+               int64_t ld, bool fetches);
   // Row n of a matrix as float32.
   void (*row)(const Matrix* w, int n, float* out);
   // out[i] = silu(gate[i]) * up[i]

@@ -85,7 +85,8 @@ struct Pieces {
   int64_t stride() const { return most * tiles * TILE; }
 };
 
-// work(first tile, last tile, first row, last row) for every piece, shared by the threads.
+// work(first tile, last tile, first row, last row, is_first) for every piece, shared by the
+// threads. is_first: the tiles' other rows follow.
 template <class Work>
 void share_pieces(Pool& pool, int thread, const Pieces& pieces, Work work) {
   const auto run = [&](int64_t first, int64_t last) {
@@ -97,7 +98,7 @@ void share_pieces(Pool& pool, int thread, const Pieces& pieces, Work work) {
         std::min({row + pieces.rows, group_row + pieces.group_rows, pieces.num_rows});
     if (row < end)
       work(tile, std::min(tile + (last - first) * pieces.tiles, pieces.num_tiles),
-           static_cast<int>(row), static_cast<int>(end));
+           static_cast<int>(row), static_cast<int>(end), row == group_row);
   };
   pool.share(thread, pieces.count, 1, run, pieces.most);
 }
@@ -118,26 +119,28 @@ void project(Machine& machine, int thread, const Linear& linear, const Acts& act
                       machine.pool.num_threads());
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
   const int64_t ld = pieces.stride();
-  share_pieces(machine.pool, thread, pieces, [&](int64_t first, int64_t last, int m0, int m1) {
-    by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
-      const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
-      const int64_t at = column + t0 * TILE;
-      const bool is_whole = count == (t1 - t0) * TILE && !linear.bias;
-      const Place place = is_whole ? to.place(at, count) : Place{};
-      if (place.at) {
-        machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, place.at + m0 * place.stride,
-                              place.stride);
-        return;
-      }
-      machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld);
-      for (int m = m0; m < m1; ++m) {
-        float* values = y + (m - m0) * ld;
-        if (linear.bias)
-          for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
-        to.write(m, at, count, values);
-      }
-    });
-  });
+  share_pieces(
+      machine.pool, thread, pieces,
+      [&](int64_t first, int64_t last, int m0, int m1, bool is_first) {
+        by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
+          const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
+          const int64_t at = column + t0 * TILE;
+          const bool is_whole = count == (t1 - t0) * TILE && !linear.bias;
+          const Place place = is_whole ? to.place(at, count) : Place{};
+          if (place.at) {
+            machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, place.at + m0 * place.stride,
+                                  place.stride, is_first);
+            return;
+          }
+          machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld, is_first);
+          for (int m = m0; m < m1; ++m) {
+            float* values = y + (m - m0) * ld;
+            if (linear.bias)
+              for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
+            to.write(m, at, count, values);
+          }
+        });
+      });
 }
 
 // With one row memory idles while every thread prepares the activations: let it bring the first
@@ -315,7 +318,7 @@ void Program::embed(const int32_t* token_ids_T, const Linear& table, const Strea
 }
 
 void Program::settle() {
-  place_heads();
+  place_heads(false);
   if (!is_unsettled_) return;
   is_unsettled_ = false;
   Machine& m = *machine_;
@@ -329,20 +332,20 @@ void Program::settle() {
   });
 }
 
-void Program::place_heads() {
+void Program::place_heads(bool is_cache_only) {
   if (!unplaced_.is_due) return;
-  unplaced_.is_due = false;
+  unplaced_.is_due = is_cache_only;
   Machine& m = *machine_;
   const Heads all = unplaced_;
   add([=, &m](int thread) {
     const Kernels& k = *m.kernels;
     float* const own = m.privates[static_cast<size_t>(thread)].x;
     const int num_kv_heads = all.cache.num_kv_heads, head_dim = all.cache.head_dim;
-    const int heads = all.num_heads + num_kv_heads;
+    const int heads = num_kv_heads + (is_cache_only ? 0 : all.num_heads);
     const auto place = [&](int row, int h) {
-      if (h >= all.num_heads) return all.place_key_and_value(k, row, h - all.num_heads, own);
-      all.rotate_query(k, row, h, own);
-      std::copy(own, own + head_dim, all.query(row, h));
+      if (h < num_kv_heads) return all.place_key_and_value(k, row, h, own);
+      all.rotate_query(k, row, h - num_kv_heads, own);
+      std::copy(own, own + head_dim, all.query(row, h - num_kv_heads));
     };
     const int64_t count = static_cast<int64_t>(all.num_tokens) * heads;
     m.pool.share(thread, count, all.num_tokens == 1 ? 1 : heads, [&](int64_t first, int64_t last) {
@@ -379,7 +382,6 @@ void Program::qkv(const Stream& x, const Norm& norm, const Linear& linear, const
   is_unsettled_ = num_tokens == 1;
   unsettled_ = x;
   unplaced_ = {true, rope, batch, cache, q_TQ, scratch_.kv_TX, num_heads, num_tokens};
-  if (num_tokens > 1) place_heads();
 }
 
 namespace {
@@ -397,6 +399,7 @@ struct AttentionWork {
   int64_t max_chunks;
   float* attended_TQ;
   const Heads* unplaced;  // or null: queries are rotated, and the cache has their keys and values
+  bool places_cache;      // the cache lacks them: there is one query
   Private& own;
 
   int shared_heads() const { return num_heads / cache.num_kv_heads; }
@@ -432,21 +435,15 @@ struct AttentionWork {
     const int start = static_cast<int>(chunk) * CONTEXT;
     const int visible = std::min(CONTEXT, batch.seq_lens_S[s] - start);
     // Only the last stretch reads the new key and value.
-    if (unplaced && start + visible == batch.seq_lens_S[s])
+    if (places_cache && start + visible == batch.seq_lens_S[s])
       unplaced->place_key_and_value(k, row, h, own.x);
     for (int first = 0; first < shared; first += ATTEND_ROWS) {
       const int count = std::min(ATTEND_ROWS, shared - first);
       const float* q[ATTEND_ROWS];
       int32_t sees[ATTEND_ROWS];
       for (int r = 0; r < count; ++r) {
-        const int head = h * shared + first + r;
-        q[r] = head_of(row, head);
+        q[r] = query(row, h * shared + first + r, r);
         sees[r] = visible;
-        if (unplaced) {
-          float* rotated = own.x + static_cast<int64_t>(head) * cache.head_dim;
-          unplaced->rotate_query(k, row, head, rotated);
-          q[r] = rotated;
-        }
       }
       // A single query reads its context once: while one stretch is computed, the next comes
       // nearer.
@@ -471,6 +468,9 @@ struct AttentionWork {
     for (int g0 = 0; g0 < shared; g0 += ATTEND_ROWS) {
       const int heads = std::min(ATTEND_ROWS, shared - g0), rows = num_tokens * heads;
       const int context = position0 + num_tokens;
+      const float* queries[ATTEND_ROWS];
+      for (int r = 0; r < rows; ++r)
+        queries[r] = query(row0 + r / heads, h * shared + g0 + r % heads, r);
       for (int start = 0; start < context; start += CONTEXT) {
         const float* q[ATTEND_ROWS];
         int32_t sees[ATTEND_ROWS];
@@ -482,7 +482,7 @@ struct AttentionWork {
             ++skipped;
             continue;
           }
-          q[r - skipped] = head_of(row0 + token, h * shared + g0 + r % heads);
+          q[r - skipped] = queries[r];
           sees[r - skipped] = visible;
         }
         attend(s, h, start, rows - skipped, q, sees, nullptr, start ? parts : states);
@@ -498,8 +498,12 @@ struct AttentionWork {
     }
   }
 
-  const float* head_of(int64_t row, int64_t head) const {
-    return q_TQ + (row * num_heads + head) * cache.head_dim;
+  // One rotated query, in a place of this thread's for row r where it had not been.
+  const float* query(int row, int head, int r) const {
+    if (!unplaced) return q_TQ + (static_cast<int64_t>(row) * num_heads + head) * cache.head_dim;
+    float* const rotated = own.x + static_cast<int64_t>(r) * cache.head_dim;
+    unplaced->rotate_query(k, row, head, rotated);
+    return rotated;
   }
 
   void attend(int s, int h, int start, int rows, const float* const* q, const int32_t* visible,
@@ -527,14 +531,14 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
                         const Linear& out, const Stream& x) {
   Machine& m = *machine_;
   const int64_t q_size = static_cast<int64_t>(num_heads) * cache.head_dim;
-  m.reserve(q_size, cache.head_dim);
+  m.reserve(std::max<int64_t>(q_size, ATTEND_ROWS * cache.head_dim), cache.head_dim);
   const Scratch scratch = scratch_;
   const int wanted = forms(out), num_tokens = x.num_tokens;
   const bool settles = is_unsettled_;
   is_unsettled_ = false;
-  // One query's heads are placed by whoever reads them first.
-  const bool places = unplaced_.is_due && unplaced_.q_TQ == q_TQ;
-  if (!places) place_heads();
+  // Queries are rotated by who reads them. A single one's key and value are stored so too.
+  const bool rotates = unplaced_.is_due && unplaced_.q_TQ == q_TQ;
+  if (!rotates || num_tokens > 1) place_heads(rotates);
   const Heads unplaced = unplaced_;
   unplaced_.is_due = false;
   add([=, &m](int thread) {
@@ -548,7 +552,8 @@ void Program::attention(const float* q_TQ, int num_heads, const Batch& batch, co
                        scratch.attn_part,
                        scratch.max_chunks,
                        scratch.attended_TQ,
-                       places ? &unplaced : nullptr,
+                       rotates ? &unplaced : nullptr,
+                       rotates && num_tokens == 1,
                        own};
     int64_t total = 0;
     for (int s = 0; s < batch.num_seqs; ++s) total += work.pieces(s);
@@ -599,21 +604,26 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
                         m.pool.num_threads());
     const int64_t ld = pieces.stride();
     float *const y_gate = own.y, *const y_up = own.y + pieces.rows * ld;
-    share_pieces(m.pool, thread, pieces, [&](int64_t first, int64_t last, int m0, int m1) {
-      const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
-      const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
-      k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld);
-      k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld);
-      for (int row = m0; row < m1; ++row) {
-        float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
-        if (linear.bias)
-          for (int i = 0; i < count; ++i) {
-            g[i] += linear.bias[column + i];
-            u[i] += linear.bias[ffn + column + i];
+    share_pieces(
+        m.pool, thread, pieces, [&](int64_t first, int64_t last, int m0, int m1, bool is_first) {
+          const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
+          const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
+          k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld, is_first);
+          // The results' lines come nearer while `up` is multiplied.
+          for (int row = m0; row < m1; ++row)
+            for (int i = 0; i < count; i += 16)
+              __builtin_prefetch(act_TF + static_cast<int64_t>(row) * ffn + column + i, 1, 3);
+          k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld, is_first);
+          for (int row = m0; row < m1; ++row) {
+            float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
+            if (linear.bias)
+              for (int i = 0; i < count; ++i) {
+                g[i] += linear.bias[column + i];
+                u[i] += linear.bias[ffn + column + i];
+              }
+            k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
           }
-        k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
-      }
-    });
+        });
     m.pool.barrier();
   });
   is_unsettled_ = num_tokens == 1;

@@ -121,9 +121,9 @@ class Program {
  private:
   typedef std::function<void(int thread)> Op;
 
-  // Do what was put off (below), or the heads alone.
+  // Do what was put off (below), or the heads alone, or of these only what the cache is to hold.
   void settle();
-  void place_heads();
+  void place_heads(bool is_cache_only);
   int forms(const Linear& linear) const;
   void add(Op op) { ops_.push_back(std::move(op)); }
 
@@ -134,7 +134,7 @@ class Program {
   // that writes `partial` does it, column by column.
   bool is_unsettled_ = false;
   Stream unsettled_{};
-  // With one row, heads are rotated and stored by attention, which spares a barrier. Queries then
-  // stay in q_TQ as they were projected.
+  // Queries are rotated by attention, where they are read, and stay in q_TQ as they were projected.
+  // With one row it stores the key and the value too, which spares a barrier.
   Heads unplaced_{};
 };

@@ -452,6 +452,7 @@ PUNA_INLINE F16 dot_bf16(F16 acc, I16 a, I16 b) {
 
 // Bring a cache line nearer, into L2.
 PUNA_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+PUNA_INLINE void fetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 PUNA_INLINE float lane0(F16 x) {
   float a[LANES];
