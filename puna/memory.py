@@ -123,22 +123,19 @@ def cpu_scratch_specs(
 ) -> dict[str, ArraySpec]:
     """What the cpu device writes between the phases of an operation, at the most of each.
 
-    `act_*_TK` hold the inputs of one product, `num_inputs` being the most that any has. Quantised
-    inputs come in two forms, hence the axes of 2: in blocks of 32, and of ACT_BLOCK; `act_*_TB`
-    have a number for each of at most B blocks. `attn_part` is [S, parts of the context, H, E + 2].
+    `act_*` hold the inputs of one product, `num_inputs` being the most that any has. Quantised
+    inputs come in two forms, in blocks of 32 or of 16 columns: their int8 numbers, and three
+    numbers of four bytes about them. `attn_part` is [S, parts of the context, H, E + 2].
     """
     num_inputs = -(-num_inputs // COLS_MULTIPLE) * COLS_MULTIPLE
-    by_block = (2, num_tokens, num_inputs // ACT_BLOCK)
     num_parts = -(-max_seq_len // CONTEXT_PART)
     return {
         "kv_TX": (FLOAT32, (num_tokens, 2 * num_kv_heads * head_dim)),
         "attended_TQ": (FLOAT32, (num_tokens, num_heads * head_dim)),
         "act_float_TK": (FLOAT32, (num_tokens, num_inputs)),
         "act_bf16_TK": (UINT16, (num_tokens, num_inputs)),
-        "act_q_TK": (INT8, (2, num_tokens, num_inputs)),
-        "act_scale_TB": (FLOAT32, by_block),
-        "act_sum_TB": (FLOAT32, by_block),
-        "act_isum_TB": (INT32, by_block),
+        "act_q32_TX": (INT8, (num_tokens, num_inputs // 32 * (32 + 12))),
+        "act_q16_TX": (INT8, (num_tokens, num_inputs // 16 * (16 + 12))),
         "attn_part": (FLOAT32, (num_seqs, num_parts, num_heads, head_dim + 2)),
     }
 

@@ -301,14 +301,12 @@ def _cache(cache: LayerCache) -> structs.Cache:
 
 
 def _scratch(arrays: dict[str, Array]) -> structs.Scratch:
-    def pair(name: str) -> Any:
-        return (ctypes.c_void_p * 2)(*(_pointer(half) for half in arrays[name]))
-
     acts = structs.Acts(
-        arrays["act_q_TK"].shape[2],
-        _pointer(arrays["act_float_TK"]),
-        _pointer(arrays["act_bf16_TK"]),
-        *(pair(name) for name in ("act_q_TK", "act_scale_TB", "act_sum_TB", "act_isum_TB")),
+        arrays["act_float_TK"].shape[1],
+        *(
+            _pointer(arrays[name])
+            for name in ("act_float_TK", "act_bf16_TK", "act_q32_TX", "act_q16_TX")
+        ),
     )
     attn_part = arrays["attn_part"]
     return structs.Scratch(

@@ -76,16 +76,14 @@ class Cache(Structure):
 
 
 class Acts(Structure):
-    """Rows of activations in several forms; pairs are for blocks of 32 and of 16."""
+    """Rows of activations in several forms."""
 
     _fields_ = (
         ("stride", c_int64),
         ("f", c_void_p),
         ("b", c_void_p),
-        ("q", c_void_p * 2),
-        ("scale", c_void_p * 2),
-        ("sum", c_void_p * 2),
-        ("isum", c_void_p * 2),
+        ("q32", c_void_p),
+        ("q16", c_void_p),
     )
 
 

@@ -143,10 +143,8 @@ def test_each_device_has_its_own_workspace(tp: int, tmp_path: Path) -> None:
         "attended_TQ": (np.float32, (7, 72 // tp)),
         "act_float_TK": (np.float32, (7, most)),
         "act_bf16_TK": (np.uint16, (7, most)),
-        "act_q_TK": (np.int8, (2, 7, most)),
-        "act_scale_TB": (np.float32, (2, 7, most // 16)),
-        "act_sum_TB": (np.float32, (2, 7, most // 16)),
-        "act_isum_TB": (np.int32, (2, 7, most // 16)),
+        "act_q32_TX": (np.int8, (7, most // 32 * 44)),
+        "act_q16_TX": (np.int8, (7, most // 16 * 28)),
         "attn_part": (np.float32, (3, 2, 4 // tp, 20)),
     }
 

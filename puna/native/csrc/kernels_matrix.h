@@ -104,7 +104,6 @@ struct Pairs {
 template <int BITS, bool HAS_MIN, int COLS>
 struct Integer {
   static constexpr int ROWS = BITS == 8 ? Q8_ROWS : Q4_ROWS, SINGLE = 1;
-  static constexpr int FORM = COLS == 32 ? 0 : 1;
 
   static PUNA_INLINE F16 scales(const uint8_t* p, bool is_f32) {
     return is_f32 ? load((const float*)p) : load_half((const uint16_t*)p);
@@ -119,11 +118,8 @@ struct Integer {
     const uint8_t* q = (const uint8_t*)w.data + tile * next_q;
     const uint8_t* s = (const uint8_t*)w.scale + tile * next_s;
     const uint8_t* lowest = HAS_MIN ? (const uint8_t*)w.min + tile * next_s : nullptr;
-    const int8_t* x = a.q[FORM] + m0 * a.stride;
-    const int64_t blocks_a_row = a.stride / 16;
-    const float* x_scale = a.scale[FORM] + m0 * blocks_a_row;
-    const float* x_sum = a.sum[FORM] + m0 * blocks_a_row;
-    const int32_t* x_isum = a.isum[FORM] + m0 * blocks_a_row;
+    const ActBlock<COLS>* x = a.blocks<COLS>(m0);
+    const int64_t next_x = a.stride / COLS;
     const int num_blocks = (w.k + COLS - 1) / COLS;
     const int blocks_a_group = w.group ? w.group / COLS : num_blocks;
 
@@ -139,7 +135,7 @@ struct Integer {
             fetch(ahead + n * next_q + (int64_t)b * COLS * TILE * BITS / 8 + i);
       I16 c[MT][NT];
       for (int m = 0; m < MT; ++m) {
-        I16 start = HAS_MIN ? splat_int(0) : splat_int(x_isum[m * blocks_a_row + b]);
+        I16 start = HAS_MIN ? splat_int(0) : splat_int(x[m * next_x].isum);
         if (!HAS_MIN && BITS == 8) start = shift_left(start, 4);
         for (int n = 0; n < NT; ++n) c[m][n] = start;
       }
@@ -153,7 +149,7 @@ struct Integer {
             v[n] = load_bytes(at);
           }
           for (int m = 0; m < MT; ++m) {
-            X16 xs = four(x + m * a.stride + j * 4);
+            X16 xs = four(x[m * next_x].q + j * 4);
             for (int n = 0; n < NT; ++n) c[m][n] = dot4(c[m][n], v[n], xs);
           }
         }
@@ -169,7 +165,8 @@ struct Integer {
             high[n] = high4(both);
           }
           for (int m = 0; m < MT; ++m) {
-            X16 first = four(x + m * a.stride + j * 8), second = four(x + m * a.stride + j * 8 + 4);
+            const int8_t* xq = x[m * next_x].q + j * 8;
+            X16 first = four(xq), second = four(xq + 4);
             for (int n = 0; n < NT; ++n)
               c[m][n] = dot4(dot4(c[m][n], low[n], first), high[n], second);
           }
@@ -181,15 +178,15 @@ struct Integer {
         if (HAS_MIN) least[n] = scales(lowest + n * next_s, is_f32);
       }
       for (int m = 0; m < MT; ++m) {
-        F16 xs = splat(x_scale[m * blocks_a_row + b]);
-        F16 total = HAS_MIN ? splat(x_sum[m * blocks_a_row + b]) : xs;
+        F16 xs = splat(x[m * next_x].scale);
+        F16 total = HAS_MIN ? splat(x[m * next_x].sum) : xs;
         for (int n = 0; n < NT; ++n) {
           f[m][n] = fma(to_float(c[m][n]), mul(scale[n], xs), f[m][n]);
           if (HAS_MIN) f[m][n] = fma(least[n], total, f[m][n]);
         }
       }
       q += COLS * TILE * BITS / 8;
-      x += COLS;
+      ++x;
       if (--left == 0) {
         left = blocks_a_group;
         s += scale_bytes;

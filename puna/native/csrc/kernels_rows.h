@@ -44,12 +44,12 @@ constexpr float TINY = 1e-30f;
 // maximum, the scale or the sum of all of them. x has `k` columns from here on, all of them unless
 // IS_PART.
 template <int COLS, bool IS_PART>
-PUNA_INLINE void quantize_blocks(const float* x, int k, int count, int8_t* q, float* scale,
-                                 float* scaled_sum, int32_t* isum) {
+PUNA_INLINE void quantize_blocks(const float* x, int k, int count, ActBlock<COLS>* out) {
   constexpr int N = COLS / LANES;
   F16 most[LANES];
   I16 total[LANES];
-  float inverse[LANES];
+  float inverse[LANES], scale[LANES], scaled_sum[LANES];
+  int32_t isum[LANES];
   for (int b = count; b < LANES; ++b) {
     most[b] = splat(0);
     total[b] = splat_int(0);
@@ -69,33 +69,37 @@ PUNA_INLINE void quantize_blocks(const float* x, int k, int count, int8_t* q, fl
     for (int j = 0; j < N; ++j) {
       const int i = b * COLS + j * LANES;
       const I16 rounded = round_to_int(mul(IS_PART ? columns(x, i, k) : load(x + i), factor));
-      store_i8(q + i, rounded);
+      store_i8(out[b].q + j * LANES, rounded);
       total[b] = add(total[b], rounded);
     }
   }
   const I16 sum_q = sum_of_each(total);
   const F16 step = div(m, splat(127));
-  store_part(scale, step, count);
-  store_part(scaled_sum, mul(step, to_float(sum_q)), count);
-  store_part(isum, shift_left(sub(splat_int(0), sum_q), 3), count);
+  store(scale, step);
+  store(scaled_sum, mul(step, to_float(sum_q)));
+  store_bytes(isum, shift_left(sub(splat_int(0), sum_q), 3));
+  for (int b = 0; b < count; ++b) {
+    out[b].scale = scale[b];
+    out[b].sum = scaled_sum[b];
+    out[b].isum = isum[b];
+  }
 }
 
 template <int COLS>
-void quantize_row(const float* x, int k, int8_t* q, float* scale, float* scaled_sum,
-                  int32_t* isum) {
+void quantize_row(const float* x, int k, ActBlock<COLS>* out) {
   const int num_blocks = (k + PAD - 1) / PAD * PAD / COLS;
   for (int b = 0; b < num_blocks; b += LANES) {
     const int i = b * COLS, count = num_blocks - b < LANES ? num_blocks - b : LANES;
     if (i + LANES * COLS <= k)
-      quantize_blocks<COLS, false>(x + i, k - i, LANES, q + i, scale + b, scaled_sum + b, isum + b);
+      quantize_blocks<COLS, false>(x + i, k - i, LANES, out + b);
     else
-      quantize_blocks<COLS, true>(x + i, k - i, count, q + i, scale + b, scaled_sum + b, isum + b);
+      quantize_blocks<COLS, true>(x + i, k - i, count, out + b);
   }
 }
 
 void convert(const float* x, int k, int forms, const Acts* a, int row) {
   int padded = (k + PAD - 1) / PAD * PAD;
-  int64_t at = row * a->stride, block = row * (a->stride / 16);
+  int64_t at = row * a->stride;
   if (forms & AS_FLOAT) {
     float* out = a->f + at;
     if (out != x) memcpy(out, x, 4 * (size_t)k);
@@ -103,12 +107,8 @@ void convert(const float* x, int k, int forms, const Acts* a, int row) {
   }
   if (forms & AS_BF16)
     for (int i = 0; i < padded; i += LANES) store_bf16(a->b + at + i, columns(x, i, k));
-  if (forms & AS_Q32)
-    quantize_row<32>(x, k, a->q[0] + at, a->scale[0] + block, a->sum[0] + block,
-                     a->isum[0] + block);
-  if (forms & AS_Q16)
-    quantize_row<16>(x, k, a->q[1] + at, a->scale[1] + block, a->sum[1] + block,
-                     a->isum[1] + block);
+  if (forms & AS_Q32) quantize_row<32>(x, k, a->blocks<32>(row));
+  if (forms & AS_Q16) quantize_row<16>(x, k, a->blocks<16>(row));
 }
 
 void silu_mul(const float* gate, const float* up, int n, float* out) {

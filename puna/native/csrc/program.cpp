@@ -259,10 +259,11 @@ void Machine::reserve(int64_t cols, int head_dim) {
   static_assert(Y_ROWS * WIDE_TILES >= 2 * SINGLE_TILES, "a row of gate and of up must fit in y");
   const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t floats[] = {cols_, cols_, y_size, score_size(head_dim_), part_rows};
-  const int64_t blocks = cols_ / 16;
+  const int64_t q32_bytes = cols_ / 32 * static_cast<int64_t>(sizeof(ActBlock<32>));
+  const int64_t q16_bytes = cols_ / 16 * static_cast<int64_t>(sizeof(ActBlock<16>));
   int64_t total = 64;
   for (int64_t n : floats) total += padded(4 * n);
-  total += padded(2 * cols_) + 2 * (padded(cols_) + 3 * padded(4 * blocks));
+  total += padded(2 * cols_) + padded(q32_bytes) + padded(q16_bytes);
   for (Private& own : privates) {
     own.memory.assign(static_cast<size_t>(total), 0);
     unsigned char* at = own.memory.data();
@@ -280,12 +281,8 @@ void Machine::reserve(int64_t cols, int head_dim) {
     own.scores = take_floats(score_size(head_dim_));
     own.parts = take_floats(part_rows);
     own.acts.b = reinterpret_cast<uint16_t*>(take(2 * cols_));
-    for (int i = 0; i < 2; ++i) {
-      own.acts.q[i] = reinterpret_cast<int8_t*>(take(cols_));
-      own.acts.scale[i] = take_floats(blocks);
-      own.acts.sum[i] = take_floats(blocks);
-      own.acts.isum[i] = reinterpret_cast<int32_t*>(take(4 * blocks));
-    }
+    own.acts.q32 = reinterpret_cast<ActBlock<32>*>(take(q32_bytes));
+    own.acts.q16 = reinterpret_cast<ActBlock<16>*>(take(q16_bytes));
   }
 }
 

@@ -547,7 +547,7 @@ PUNA_INLINE void store_part(float* p, F16 x, int n) {
   store(a, x);
   memcpy(p, a, 4 * (size_t)n);
 }
-PUNA_INLINE void store_part(int32_t* p, I16 x, int n) { memcpy(p, &x, 4 * (size_t)n); }
+PUNA_INLINE void store_bytes(void* p, I16 x) { memcpy(p, &x, sizeof x); }
 
 // e^x, about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the coefficients are those of
 // Cephes' expf). 0 below -87.3, at most 2.4e38, NaN stays NaN.
