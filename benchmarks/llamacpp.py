@@ -5,7 +5,9 @@
 PYTHON is an interpreter with llama-cpp-python, built from source for this machine
 (`CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python`); it may be
 the one that runs this. Each turn runs llama.cpp and then `puna bench latency`, each in a process of
-its own on an otherwise idle machine; the figures are medians over the turns.
+its own on an otherwise idle machine; the figures are medians over the turns. How fast memory can be
+read is measured before, between and after the two: on a rented machine it may halve for minutes,
+and who is at its limit then loses more than who is not.
 """
 
 from __future__ import annotations
@@ -57,18 +59,12 @@ def _runs(args: argparse.Namespace) -> list[tuple[str, int, int]]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    rows: dict[str, dict[str, list[float]]] = {
-        name: {"llama.cpp": [], "puna": [], "roofline": []} for name, _, _ in _runs(args)
+    from puna.native.bandwidth import read_bandwidth  # the peer's interpreter has no puna
+
+    rows: dict[str, dict[str, list[Any]]] = {
+        name: {"llama.cpp": [], "puna": [], "roofline": [], "memory": []}
+        for name, _, _ in _runs(args)
     }
-    peer_command = [args.peer_python, __file__, str(args.gguf), "--as-peer"]
-    peer_command += [
-        "--threads",
-        str(args.threads),
-        "--rounds",
-        str(args.rounds),
-        "--runs",
-        args.runs,
-    ]
     version = ""
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "engine"
@@ -78,14 +74,18 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             stdout=subprocess.DEVNULL,
         )
         for turn in range(args.turns):
-            theirs = _json(peer_command)
-            version = theirs.pop("version")
             for name, isl, osl in _runs(args):
+                before = read_bandwidth(args.threads)
+                theirs = _json(_peer(args, name))
+                version = theirs["version"]
+                between = read_bandwidth(args.threads)
                 ours = _json(_puna(engine, args, isl, osl))
                 key = "prefill_tok_s" if name.startswith("prefill") else "tok_s"
-                rows[name]["llama.cpp"].append(theirs[name])
-                rows[name]["puna"].append(ours[key])
-                rows[name]["roofline"].append(ours["roofline"])
+                row = rows[name]
+                row["llama.cpp"].append(theirs[name])
+                row["puna"].append(ours[key])
+                row["roofline"].append(ours["roofline"])
+                row["memory"].append([round(x) for x in (before, between, ours["read_gb_s"])])
             print(f"turn {turn + 1} of {args.turns}", file=sys.stderr)
     return {
         "model": args.gguf.name,
@@ -104,10 +104,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     for ours, theirs in zip(row["puna"], row["llama.cpp"], strict=True)
                 ],
                 "roofline": round(statistics.median(row["roofline"]), 2),
+                "read_gb_s_by_turn": row["memory"],
             }
             for name, row in rows.items()
         },
     }
+
+
+def _peer(args: argparse.Namespace, run: str) -> list[str]:
+    command = [args.peer_python, __file__, str(args.gguf), "--as-peer", "--runs", run]
+    return [*command, "--rounds", str(args.rounds), "--threads", str(args.threads)]
 
 
 def _puna(engine: Path, args: argparse.Namespace, isl: int, osl: int) -> list[str]:
@@ -123,9 +129,13 @@ def _json(command: list[str]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     lines = [f"{found['model']}, {found['threads']} threads, against {found['peer']}", ""]
-    lines.append(f"{'tok/s':<12} {'llama.cpp':>10} {'puna':>10} {'ratio':>7}   by turn")
+    heads = f"{'tok/s':<12} {'llama.cpp':>10} {'puna':>10} {'ratio':>7}"
+    lines.append(f"{heads}   by turn (memory, GB/s)")
     for name, row in found["tok_s"].items():
-        turns = " ".join(f"{ratio:.2f}" for ratio in row["ratio_by_turn"])
+        turns = " ".join(
+            f"{ratio:.2f} ({min(reads)}-{max(reads)})"
+            for ratio, reads in zip(row["ratio_by_turn"], row["read_gb_s_by_turn"], strict=True)
+        )
         figures = f"{row['llama.cpp']:>10,.1f} {row['puna']:>10,.1f} {row['ratio']:>7.2f}"
         lines.append(f"{name:<12} {figures}   {turns}")
     return "\n".join(lines)
