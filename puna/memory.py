@@ -33,9 +33,7 @@ INT32 = np.dtype(np.int32)
 INT8 = np.dtype(np.int8)
 UINT16 = np.dtype(np.uint16)
 
-# The cpu device quantises activations with a scale for each of so many numbers at the least,
-ACT_BLOCK = 16
-# and shares out a long context in parts of so many tokens.
+# The cpu device shares out a long context in parts of so many tokens.
 CONTEXT_PART = 128
 
 

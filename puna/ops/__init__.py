@@ -121,7 +121,8 @@ class Ops(Protocol):
         q_TQ: Array,
     ) -> None:
         """Reduce into the residual, norm, project to q, k, v; rotate q and k by their positions;
-        store k and v at slots_T; write q.
+        store k and v at slots_T; write q. Where attention follows in the same record, q is for it
+        alone, and a backend may leave the rotation to it.
 
         A float cache is rounded to its dtype, a float16 one after clipping to its range. For an
         int8 cache, in float32, over the E numbers of a token and KV head: scale = max|x| / 127,

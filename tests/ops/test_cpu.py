@@ -159,20 +159,18 @@ def test_instruction_sets_differ_by_rounding_only() -> None:
                 assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b), (seed, layer.name)
 
 
-def test_one_token_has_the_same_bits_whether_attention_follows_at_once() -> None:
-    """Attention then rotates the query and stores the key and the value itself."""
+def test_steps_have_the_same_bits_whether_attention_follows_at_once() -> None:
+    """Attention then rotates the queries, and stores a single token's key and value, itself."""
     ops = cpu_ops()
-    num_layers = 0
-    for seed in range(3000, 3400):
+    num_tokens = []
+    for seed in range(3000, 3300):
         layer = Layer(seed)
-        if layer.num_tokens > 1:
-            continue
-        num_layers += 1
+        num_tokens.append(layer.num_tokens)
         together, apart = layer.run(ops), layer.run(ops, are_apart=True)
         q_TQ = 2  # stays as it was projected, together
         assert same_bits([*together[:q_TQ], *together[3:]], [*apart[:q_TQ], *apart[3:]]), seed
         assert not np.isnan(apart[q_TQ]).any()
-    assert num_layers > 20
+    assert num_tokens.count(1) > 15 and max(num_tokens) > 60
 
 
 def test_programs_of_one_pool_are_independent() -> None:

@@ -209,6 +209,8 @@ __attribute__((noinline)) void run_micro(const Matrix& w, int tile, const Acts& 
   Kernel::template micro<MT, NT>(w, tile, a, m0, y, ld, quarter);
 }
 
+// Each of the first four register tiles fetches a quarter of the next tiles' weights if `fetches`:
+// 3 % of a prompt of 128 tokens. That every register tile does so costs 2 % (Zen 4, 2026-11).
 template <class Kernel, int NT>
 void run_rows(const Matrix& w, int tile, const Acts& a, int m0, int m1, float* y, int64_t ld,
               bool fetches) {

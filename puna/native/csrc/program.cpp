@@ -119,28 +119,27 @@ void project(Machine& machine, int thread, const Linear& linear, const Acts& act
                       machine.pool.num_threads());
   float* const y = machine.privates[static_cast<size_t>(thread)].y;
   const int64_t ld = pieces.stride();
-  share_pieces(
-      machine.pool, thread, pieces,
-      [&](int64_t first, int64_t last, int m0, int m1, bool is_first) {
-        by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
-          const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
-          const int64_t at = column + t0 * TILE;
-          const bool is_whole = count == (t1 - t0) * TILE && !linear.bias;
-          const Place place = is_whole ? to.place(at, count) : Place{};
-          if (place.at) {
-            machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, place.at + m0 * place.stride,
-                                  place.stride, is_first);
-            return;
-          }
-          machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld, is_first);
-          for (int m = m0; m < m1; ++m) {
-            float* values = y + (m - m0) * ld;
-            if (linear.bias)
-              for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
-            to.write(m, at, count, values);
-          }
-        });
-      });
+  const auto multiply = [&](int64_t first, int64_t last, int m0, int m1, bool is_first) {
+    by_part(linear, first, last, [&](const Matrix& part, int t0, int t1, int64_t column) {
+      const int count = std::min(t1 * TILE, part.n) - t0 * TILE;
+      const int64_t at = column + t0 * TILE;
+      const bool is_whole = count == (t1 - t0) * TILE && !linear.bias;
+      const Place place = is_whole ? to.place(at, count) : Place{};
+      if (place.at) {
+        machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, place.at + m0 * place.stride,
+                              place.stride, is_first);
+        return;
+      }
+      machine.kernels->gemm(&part, t0, t1, &acts, m0, m1, y, ld, is_first);
+      for (int m = m0; m < m1; ++m) {
+        float* values = y + (m - m0) * ld;
+        if (linear.bias)
+          for (int i = 0; i < count; ++i) values[i] += linear.bias[at + i];
+        to.write(m, at, count, values);
+      }
+    });
+  };
+  share_pieces(machine.pool, thread, pieces, multiply);
 }
 
 // With one row memory idles while every thread prepares the activations: let it bring the first
@@ -601,26 +600,28 @@ void Program::gate_up(const Stream& x, const Norm& norm, const Linear& linear, f
                         m.pool.num_threads());
     const int64_t ld = pieces.stride();
     float *const y_gate = own.y, *const y_up = own.y + pieces.rows * ld;
-    share_pieces(
-        m.pool, thread, pieces, [&](int64_t first, int64_t last, int m0, int m1, bool is_first) {
-          const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
-          const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
-          k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld, is_first);
-          // The results' lines come nearer while `up` is multiplied.
-          for (int row = m0; row < m1; ++row)
-            for (int i = 0; i < count; i += 16)
-              __builtin_prefetch(act_TF + static_cast<int64_t>(row) * ffn + column + i, 1, 3);
-          k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld, is_first);
-          for (int row = m0; row < m1; ++row) {
-            float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
-            if (linear.bias)
-              for (int i = 0; i < count; ++i) {
-                g[i] += linear.bias[column + i];
-                u[i] += linear.bias[ffn + column + i];
-              }
-            k.silu_mul(g, u, count, act_TF + static_cast<int64_t>(row) * ffn + column);
+    const auto multiply = [&](int64_t first, int64_t last, int m0, int m1, bool is_first) {
+      const int t0 = static_cast<int>(first), t1 = static_cast<int>(last);
+      const int column = t0 * TILE, count = std::min(t1 * TILE, ffn) - column;
+      const auto result = [&](int row) {
+        return act_TF + static_cast<int64_t>(row) * ffn + column;
+      };
+      k.gemm(&gate, t0, t1, &acts, m0, m1, y_gate, ld, is_first);
+      // The results' lines come nearer while `up` is multiplied.
+      for (int row = m0; row < m1; ++row)
+        for (int i = 0; i < count; i += TILE) __builtin_prefetch(result(row) + i, 1, 3);
+      k.gemm(&up, t0, t1, &acts, m0, m1, y_up, ld, is_first);
+      for (int row = m0; row < m1; ++row) {
+        float *g = y_gate + (row - m0) * ld, *u = y_up + (row - m0) * ld;
+        if (linear.bias)
+          for (int i = 0; i < count; ++i) {
+            g[i] += linear.bias[column + i];
+            u[i] += linear.bias[ffn + column + i];
           }
-        });
+        k.silu_mul(g, u, count, result(row));
+      }
+    };
+    share_pieces(m.pool, thread, pieces, multiply);
     m.pool.barrier();
   });
   is_unsettled_ = num_tokens == 1;
