@@ -105,9 +105,27 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 ],
                 "roofline": round(statistics.median(row["roofline"]), 2),
                 "read_gb_s_by_turn": row["memory"],
+                "at_full_memory": _at_full_memory(row),
             }
             for name, row in rows.items()
         },
+    }
+
+
+def _at_full_memory(row: dict[str, list[Any]]) -> dict[str, Any]:
+    """The turns in which memory was always about as fast as it ever was: how many, and the medians
+    of the ratio and of puna's share of what can be read."""
+    best = max(max(reads) for reads in row["memory"])
+    steady = [i for i, reads in enumerate(row["memory"]) if min(reads) >= 0.85 * best]
+    if not steady:
+        return {"turns": 0}
+    return {
+        "turns": len(steady),
+        "ratio": round(
+            statistics.median(row["puna"][i] / row["llama.cpp"][i] for i in steady),
+            2,
+        ),
+        "roofline": round(statistics.median(row["roofline"][i] for i in steady), 2),
     }
 
 
@@ -138,6 +156,9 @@ def table(found: dict[str, Any]) -> str:
         )
         figures = f"{row['llama.cpp']:>10,.1f} {row['puna']:>10,.1f} {row['ratio']:>7.2f}"
         lines.append(f"{name:<12} {figures}   {turns}")
+        full = row["at_full_memory"]
+        if full["turns"]:
+            lines.append(f"{'':<12} at full memory: {full['ratio']:.2f} in {full['turns']} turns")
     return "\n".join(lines)
 
 
