@@ -7,7 +7,8 @@ PYTHON is an interpreter with llama-cpp-python, built from source for this machi
 the one that runs this. Each turn runs llama.cpp and then `puna bench latency`, each in a process of
 its own on an otherwise idle machine; the figures are medians over the turns. How fast memory can be
 read is measured before, between and after the two: on a rented machine it may halve for minutes,
-and who is at its limit then loses more than who is not.
+and who is at its limit then loses more than who is not. benchmarks.decode_pairs compares decoding
+at one speed of it.
 """
 
 from __future__ import annotations
@@ -105,27 +106,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 ],
                 "roofline": round(statistics.median(row["roofline"]), 2),
                 "read_gb_s_by_turn": row["memory"],
-                "at_full_memory": _at_full_memory(row),
             }
             for name, row in rows.items()
         },
-    }
-
-
-def _at_full_memory(row: dict[str, list[Any]]) -> dict[str, Any]:
-    """The turns in which memory was always about as fast as it ever was: how many, and the medians
-    of the ratio and of puna's share of what can be read."""
-    best = max(max(reads) for reads in row["memory"])
-    steady = [i for i, reads in enumerate(row["memory"]) if min(reads) >= 0.85 * best]
-    if not steady:
-        return {"turns": 0}
-    return {
-        "turns": len(steady),
-        "ratio": round(
-            statistics.median(row["puna"][i] / row["llama.cpp"][i] for i in steady),
-            2,
-        ),
-        "roofline": round(statistics.median(row["roofline"][i] for i in steady), 2),
     }
 
 
@@ -156,55 +139,63 @@ def table(found: dict[str, Any]) -> str:
         )
         figures = f"{row['llama.cpp']:>10,.1f} {row['puna']:>10,.1f} {row['ratio']:>7.2f}"
         lines.append(f"{name:<12} {figures}   {turns}")
-        full = row["at_full_memory"]
-        if full["turns"]:
-            lines.append(f"{'':<12} at full memory: {full['ratio']:.2f} in {full['turns']} turns")
     return "\n".join(lines)
+
+
+class Peer:
+    """A model in llama.cpp."""
+
+    def __init__(self, gguf: Path, threads: int) -> None:
+        import ctypes
+
+        import llama_cpp as lc
+
+        @lc.llama_log_callback
+        def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+            """Nothing on stderr."""
+
+        lc.llama_log_set(quiet, ctypes.c_void_p(0))
+        lc.llama_backend_init()
+        model_params = lc.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        model = lc.llama_model_load_from_file(str(gguf).encode(), model_params)
+        params = lc.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 1024, 1024, 512
+        params.n_threads = params.n_threads_batch = threads
+        self._lc, self._quiet = lc, quiet  # the callback lives as long as it may be called
+        self._context = lc.llama_init_from_model(model, params)
+        self._vocab_size = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
+        self._rng = random.Random(0)
+        self.version = lc.__version__
+
+    def run(self, isl: int, num_new: int) -> tuple[float, list[float]]:
+        """Seconds of a prompt of `isl` tokens, and of each of `num_new` steps after it."""
+        self._lc.llama_memory_clear(self._lc.llama_get_memory(self._context), True)
+        return self._seconds(isl), [self._seconds(1) for _ in range(num_new)]
+
+    def _seconds(self, num_tokens: int) -> float:
+        lc = self._lc
+        tokens = (self._rng.randrange(self._vocab_size) for _ in range(num_tokens))
+        ids = (lc.llama_token * num_tokens)(*tokens)
+        start = time.perf_counter()
+        status = lc.llama_decode(self._context, lc.llama_batch_get_one(ids, num_tokens))
+        lc.llama_get_logits_ith(self._context, -1)
+        assert status == 0, status
+        return time.perf_counter() - start
 
 
 def peer(gguf: Path, threads: int, rounds: int, runs: list[tuple[str, int, int]]) -> dict[str, Any]:
     """llama.cpp's side of RUNS: medians over the rounds, after one that does not count."""
-    import ctypes
-
-    import llama_cpp as lc
-
-    @lc.llama_log_callback
-    def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-        """Nothing on stderr."""
-
-    lc.llama_log_set(quiet, ctypes.c_void_p(0))
-    lc.llama_backend_init()
-    model_params = lc.llama_model_default_params()
-    model_params.n_gpu_layers = 0
-    model = lc.llama_model_load_from_file(str(gguf).encode(), model_params)
-    params = lc.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = 1024, 1024, 512
-    params.n_threads = params.n_threads_batch = threads
-    context = lc.llama_init_from_model(model, params)
-    vocab_size = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
-    memory = lc.llama_get_memory(context)
-    rng = random.Random(0)
-
-    def seconds(num_tokens: int) -> float:
-        ids = (lc.llama_token * num_tokens)(*(rng.randrange(vocab_size) for _ in range(num_tokens)))
-        start = time.perf_counter()
-        status = lc.llama_decode(context, lc.llama_batch_get_one(ids, num_tokens))
-        lc.llama_get_logits_ith(context, -1)
-        assert status == 0, status
-        return time.perf_counter() - start
-
+    model = Peer(gguf, threads)
     rates: dict[str, list[float]] = {name: [] for name, _, _ in runs}
     for i in range(1 + rounds):
         for name, isl, osl in runs:
-            lc.llama_memory_clear(memory, True)
-            prompt = seconds(isl)
-            steps = [seconds(1) for _ in range(osl - 1)]
+            prompt, steps = model.run(isl, osl - 1)
             if i > 0:
                 rates[name] += (
                     [isl / prompt] if name.startswith("prefill") else [1 / s for s in steps]
                 )
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {"version": lc.__version__, **medians}
+    return {"version": model.version, **{name: statistics.median(r) for name, r in rates.items()}}
 
 
 if __name__ == "__main__":
