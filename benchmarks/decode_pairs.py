@@ -23,7 +23,8 @@ from typing import Any
 # Threads of whoever was last have gone to sleep by then.
 PAUSE_S = 0.1
 # A pair counts as "full" or "low" memory if all three readings are above, or below, this share of
-# the best reading of all.
+# the best reading of all: a run that never met full memory calls low memory full, and read_gb_s says
+# so.
 FULL, LOW = 0.85, 0.70
 
 
@@ -122,25 +123,17 @@ def _summary(pairs: list[tuple[float, float]], reads: list[float]) -> dict[str, 
 
 def ours(executor: Any, vocab_size: int, args: argparse.Namespace) -> float:
     """Tokens a second: the median step of one request, its prompt apart."""
-    from puna.runtime.request import SamplingParams
+    from puna.bench.latency import run_round
 
     rng = random.Random(0)
     prompt = [rng.randrange(vocab_size) for _ in range(args.isl)]
-    params = SamplingParams(max_new_tokens=1 + args.tokens, temperature=0.0, ignore_eos=True)
-    executor.add_request(prompt, params)
-    executor.step()
-    seconds = []
-    while not executor.is_idle:
-        start = time.perf_counter()
-        executor.step()
-        seconds.append(time.perf_counter() - start)
-    return 1 / statistics.median(seconds)
+    _, steps = run_round(executor, [prompt], 1 + args.tokens, lambda num_tokens: None)
+    return 1 / statistics.median(steps)
 
 
 def serve_as_peer(args: argparse.Namespace) -> None:
     """llama.cpp's side: a turn for each line of input, its tokens a second for each answer."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from llamacpp import Peer  # by path: the peer's interpreter has no puna
+    from peer import Peer  # beside this file, which that interpreter runs as a script
 
     peer = Peer(args.gguf, args.threads)
     print(json.dumps(peer.version), flush=True)

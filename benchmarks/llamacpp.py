@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -142,50 +140,10 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Peer:
-    """A model in llama.cpp."""
-
-    def __init__(self, gguf: Path, threads: int) -> None:
-        import ctypes
-
-        import llama_cpp as lc
-
-        @lc.llama_log_callback
-        def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-            """Nothing on stderr."""
-
-        lc.llama_log_set(quiet, ctypes.c_void_p(0))
-        lc.llama_backend_init()
-        model_params = lc.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        model = lc.llama_model_load_from_file(str(gguf).encode(), model_params)
-        params = lc.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = 1024, 1024, 512
-        params.n_threads = params.n_threads_batch = threads
-        self._lc, self._quiet = lc, quiet  # the callback lives as long as it may be called
-        self._context = lc.llama_init_from_model(model, params)
-        self._vocab_size = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
-        self._rng = random.Random(0)
-        self.version = lc.__version__
-
-    def run(self, isl: int, num_new: int) -> tuple[float, list[float]]:
-        """Seconds of a prompt of `isl` tokens, and of each of `num_new` steps after it."""
-        self._lc.llama_memory_clear(self._lc.llama_get_memory(self._context), True)
-        return self._seconds(isl), [self._seconds(1) for _ in range(num_new)]
-
-    def _seconds(self, num_tokens: int) -> float:
-        lc = self._lc
-        tokens = (self._rng.randrange(self._vocab_size) for _ in range(num_tokens))
-        ids = (lc.llama_token * num_tokens)(*tokens)
-        start = time.perf_counter()
-        status = lc.llama_decode(self._context, lc.llama_batch_get_one(ids, num_tokens))
-        lc.llama_get_logits_ith(self._context, -1)
-        assert status == 0, status
-        return time.perf_counter() - start
-
-
 def peer(gguf: Path, threads: int, rounds: int, runs: list[tuple[str, int, int]]) -> dict[str, Any]:
     """llama.cpp's side of RUNS: medians over the rounds, after one that does not count."""
+    from peer import Peer  # beside this file, which that interpreter runs as a script
+
     model = Peer(gguf, threads)
     rates: dict[str, list[float]] = {name: [] for name, _, _ in runs}
     for i in range(1 + rounds):

@@ -176,25 +176,10 @@ def _verdict(median: dict[str, Any]) -> str:
 
 def peer(gguf: Path, threads: int, folder: Path) -> dict[str, str]:
     """llama.cpp's side: logits of ids.npy, as logits.npy. Runs in another interpreter."""
-    import ctypes
+    from peer import Peer  # beside this file, which that interpreter runs as a script
 
-    import llama_cpp as lc
-
-    @lc.llama_log_callback
-    def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-        """Nothing on stderr."""
-
-    lc.llama_log_set(quiet, ctypes.c_void_p(0))
-    lc.llama_backend_init()
-    model_params = lc.llama_model_default_params()
-    model_params.n_gpu_layers = 0
-    model = lc.llama_model_load_from_file(str(gguf).encode(), model_params)
-    params = lc.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 128
-    params.n_threads = params.n_threads_batch = threads
-    context = lc.llama_init_from_model(model, params)
-    vocab_size = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
-    memory = lc.llama_get_memory(context)
+    model = Peer(gguf, threads, context=128, batch=128)
+    lc, context, vocab_size = model.lc, model.context, model.vocab_size
     batch = lc.llama_batch_init(NUM_PREFILL, 0, 1)
 
     def logits(ids: list[int], position: int) -> np.ndarray:
@@ -214,12 +199,12 @@ def peer(gguf: Path, threads: int, folder: Path) -> dict[str, str]:
 
     found = []
     for ids in np.load(folder / "ids.npy").tolist():
-        lc.llama_memory_clear(memory, True)
+        model.clear()
         parts = [logits(ids[:NUM_PREFILL], 0)]
         parts += [logits([ids[at]], at) for at in range(NUM_PREFILL, NUM_TOKENS)]
         found.append(np.concatenate(parts))
     np.save(folder / "logits.npy", np.stack(found))
-    return {"version": lc.__version__}
+    return {"version": model.version}
 
 
 if __name__ == "__main__":

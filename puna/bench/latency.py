@@ -107,7 +107,7 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress | None = None)
             [rng.randrange(config.spec.vocab_size) for _ in range(run.isl)]
             for _ in range(run.batch)
         ]
-        first, decode = _run_round(llm.executor, prompts, run.osl, report)
+        first, decode = run_round(llm.executor, prompts, run.osl, report)
         if not decode:
             raise ConfigError(
                 f"osl {run.osl} ends the first of {run.batch} sequences before the last one has "
@@ -169,10 +169,13 @@ def _check_kv_cache(run: LatencyRun, executor: Executor) -> None:
         )
 
 
-def _run_round(
+def run_round(
     executor: Executor, prompts: list[list[int]], osl: int, report: Callable[[int], None]
 ) -> tuple[float, list[float]]:
-    """Seconds to the first token of all prompts, and of each step in which all of them decode."""
+    """Seconds to the first token of all prompts, and of each step in which all of them decode.
+
+    `report` is told the new tokens of the first sequence so far.
+    """
     # Greedy, without the engine's own penalties and filters: what is measured is the model.
     params = SamplingParams(
         max_new_tokens=osl, temperature=0.0, repetition_penalty=1.0, ignore_eos=True
