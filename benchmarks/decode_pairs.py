@@ -23,8 +23,7 @@ from typing import Any
 # Threads of whoever was last have gone to sleep by then.
 PAUSE_S = 0.1
 # A pair counts as "full" or "low" memory if all three readings are above, or below, this share of
-# the best reading of all: a run that never met full memory calls low memory full, and read_gb_s says
-# so.
+# the best reading of all. A run that never met full memory calls low memory full; read_gb_s tells.
 FULL, LOW = 0.85, 0.70
 
 
