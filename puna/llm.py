@@ -23,6 +23,8 @@ from puna.job import Job
 from puna.quant import Array
 from puna.runtime.block_pool import BlockPool
 from puna.runtime.executor import Executor
+from puna.runtime.launch import World, find_world
+from puna.runtime.ranks import RankedSession, SessionOptions, open_ranks
 from puna.runtime.request import (
     Delta,
     Request,
@@ -43,6 +45,11 @@ class LLM:
     `tokenizer` names a directory to take the tokenizer from instead of the engine's, and
     `chat_template` is Jinja text that replaces its template. `max_batch_size` and `max_num_tokens`
     lower the engine's own limits. `progress` is told (bytes done, bytes in all) while it loads.
+
+    An engine of several ranks is opened by all of them: each runs the same program, as mpirun,
+    torchrun, srun or puna launch start it, and `world` says which one this is (None: what the
+    launcher says). Only rank 0 gets an LLM; on the others this constructor serves it until it is
+    closed, then ends the process (SystemExit).
     """
 
     def __init__(
@@ -58,34 +65,34 @@ class LLM:
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
         progress: LoadProgress | None = None,
+        world: World | None = None,
     ) -> None:
-        session = Session.open(
-            engine_dir,
-            device=device,
-            kv_cache_bytes=kv_cache_bytes,
-            threads=threads,
-            max_batch_size=max_batch_size,
-            max_num_tokens=max_num_tokens,
-            progress=progress,
-        )
+        world = find_world() if world is None else world
+        options = SessionOptions(device, kv_cache_bytes, threads, max_batch_size, max_num_tokens)
+        session = _open_session(world, Path(engine_dir), options, progress)
         try:
             self.config = session.config
             limits, generation = self.config.limits, self.config.generation
             self.tokenizer = _find_tokenizer(session.engine_dir, tokenizer, chat_template)
             if self.tokenizer and not generation.eos_token_ids:
                 generation = replace(generation, eos_token_ids=self.tokenizer.eos_token_ids)
-            scheduler = Scheduler(
-                BlockPool(session.num_blocks, session.block_size, prefix_cache),
-                max_batch_size=limits.max_batch_size,
-                max_num_tokens=limits.max_num_tokens,
-                max_seq_len=limits.max_seq_len,
-                vocab_size=self.config.spec.vocab_size,
-            )
+            pool = BlockPool(session.num_blocks, session.block_size, prefix_cache)
+            schedulers = [
+                Scheduler(
+                    pool,
+                    # Together the lanes have as many sequences as the engine may have.
+                    max_batch_size=-(-(limits.max_batch_size - lane) // session.num_lanes),
+                    max_num_tokens=limits.max_num_tokens,
+                    max_seq_len=limits.max_seq_len,
+                    vocab_size=self.config.spec.vocab_size,
+                )
+                for lane in range(session.num_lanes)
+            ]
         except BaseException:
             session.close()
             raise
-        self.session: Session | None = session
-        self.executor = Executor(session, scheduler, generation)
+        self.session: Session | RankedSession | None = session
+        self.executor = Executor(session, schedulers, generation)
         self._jobs: dict[int, Job] = {}  # by request id
 
     def generate(
@@ -256,6 +263,22 @@ class LLM:
         for job in self._jobs.values():
             job.abort()
         self._jobs.clear()
+
+
+def _open_session(
+    world: World, engine_dir: Path, options: SessionOptions, progress: LoadProgress | None
+) -> Session | RankedSession:
+    if world.size > 1:
+        return open_ranks(world, engine_dir, options, progress)
+    return Session.open(
+        engine_dir,
+        device=options.device,
+        kv_cache_bytes=options.kv_cache_bytes,
+        threads=options.threads,
+        max_batch_size=options.max_batch_size,
+        max_num_tokens=options.max_num_tokens,
+        progress=progress,
+    )
 
 
 def _find_tokenizer(

@@ -56,7 +56,12 @@ def kv_block_bytes(config: EngineConfig, rank: int) -> int:
 def workspace_specs(config: EngineConfig, rank: int, device: Device) -> dict[str, ArraySpec]:
     """Everything a session allocates beside the mapped weights and the KV cache."""
     own = _cpu_specs if device == "cpu" else _reference_specs
-    return {**_step_specs(config, rank), **own(config, rank)}
+    return {**_step_specs(config, rank), **_rank_specs(config, rank), **own(config, rank)}
+
+
+def num_lanes(config: EngineConfig) -> int:
+    """Batches under way at once, one for each pipeline stage where there are sequences enough."""
+    return min(config.pp_size, config.limits.max_batch_size)
 
 
 def _step_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
@@ -83,6 +88,36 @@ def _step_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "act_TF": (FLOAT32, (num_tokens, ffn)),
         "logits_LV": (FLOAT32, (num_seqs, vocab)),
     }
+
+
+def _rank_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
+    """What one of several ranks needs to exchange partial sums, logits and the stream."""
+    spec, mapping, limits = config.spec, config.mapping(rank), config.limits
+    num_tokens, num_seqs, tp_size = limits.max_num_tokens, limits.max_batch_size, config.tp_size
+    stream = (num_tokens, spec.hidden_size)
+    specs: dict[str, ArraySpec] = {}
+    if tp_size > 1:
+        vocab = extent("vocab", spec.vocab_size, spec, mapping, config.vocab_multiple).size
+        largest = max(num_tokens * spec.hidden_size, num_seqs * vocab)
+        specs["gathered"] = (FLOAT32, (tp_size * largest,))
+        if mapping.is_last_stage:
+            specs["head_residual_LD"] = specs["head_partial_LD"] = (
+                FLOAT32,
+                (num_seqs, spec.hidden_size),
+            )
+            specs["joined_logits_LV"] = (FLOAT32, (num_seqs, tp_size * vocab))
+    if not mapping.is_last_stage:
+        specs["sent_residual_TD"] = specs["sent_partial_TD"] = (
+            FLOAT32,
+            (num_lanes(config), *stream),
+        )
+    return specs
+
+
+def first_token_id(config: EngineConfig, rank: int) -> int:
+    """The token id of the rank's first row of the embedding."""
+    spec, mapping = config.spec, config.mapping(rank)
+    return extent("vocab", spec.vocab_size, spec, mapping, config.vocab_multiple).start
 
 
 def _reference_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:

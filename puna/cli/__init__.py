@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
-from puna.cli import bench, build, chat, inspect, quickstart, run
+from puna.cli import bench, build, chat, inspect, launch, quickstart, run
 from puna.errors import PunaError
+from puna.runtime.launch import speaks_for_all
 
 DESCRIPTION = """\
 puna builds engines for LLaMA-family models and runs them.
@@ -24,6 +25,7 @@ puna builds engines for LLaMA-family models and runs them.
   puna build CHECKPOINT -o ENGINE          Hugging Face, Meta or GGUF weights to an engine
   puna run ENGINE --prompt "Once upon"     text from the engine
   puna chat ENGINE                         a conversation with it
+  puna launch -n 2 -- run ENGINE ...       an engine of several ranks
 
 A checkpoint is a directory with published weights, a .gguf file, or a hub id (org/name). An
 engine is the directory that puna builds from it, laid out for one target: copy it, inspect it,
@@ -37,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line, as for every other error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"puna: {_one_line(message)} (see {self.prog} --help)\n")
+        line = f"puna: {_one_line(message)} (see {self.prog} --help)\n"
+        self.exit(2, line if speaks_for_all() else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("\npuna: interrupted", file=sys.stderr)
+        if speaks_for_all():
+            print("\npuna: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone; the interpreter must not complain when it flushes.
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PunaError as error:
         if args.debug:
             raise
-        print(f"puna: {_one_line(str(error))}", file=sys.stderr)
+        if speaks_for_all():
+            print(f"puna: {_one_line(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -90,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show puna's version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (quickstart, build, inspect, run, chat, bench):
+    for module in (quickstart, build, inspect, run, chat, bench, launch):
         module.add_commands(commands, debug)
     return parser
 

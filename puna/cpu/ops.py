@@ -23,7 +23,7 @@ from puna.batch import ForwardBatch
 from puna.cpu import structs
 from puna.errors import ConfigError
 from puna.layout import TILE
-from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
+from puna.ops import LayerCache, Linear, Norm, Program, Reduce, RopeTable, Stream
 from puna.ops.kv_blocks import copy_blocks
 from puna.quant import DTYPES, Array, Format
 
@@ -75,11 +75,23 @@ class CpuProgram:
             raise MemoryError("the native library ran out of memory in a step")
 
 
+@dataclass(frozen=True, slots=True)
+class PartedProgram:
+    """Native programs, and between them the sums over ranks."""
+
+    parts: tuple[Callable[[], None], ...]
+
+    def run(self) -> None:
+        for part in self.parts:
+            part()
+
+
 class CpuOps:
     """Operations of one engine on a pool of `threads` threads of its own (None: physical cores).
 
     `instruction_set` is one of those that `instruction_sets` lists (None: the best); `scratch` are
-    the arrays of `memory.cpu_scratch_specs`.
+    the arrays of `memory.cpu_scratch_specs`; `reduce` sums over tensor-parallel ranks (None: there
+    is one).
     """
 
     def __init__(
@@ -88,6 +100,7 @@ class CpuOps:
         scratch: dict[str, Array],
         threads: int | None = None,
         instruction_set: str | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         self.library = structs.declare(library)
         usable = instruction_sets(library)
@@ -103,7 +116,10 @@ class CpuOps:
         weakref.finalize(self, self.library.puna_machine_free, self._machine)
         self._scratch = _scratch(scratch)
         self._scratch_arrays = scratch
-        self._program: CpuProgram | None = None
+        self._reduce = reduce
+        self._is_recording = False
+        self._program: CpuProgram | None = None  # begun, and not ended yet
+        self._parts: list[Callable[[], None]] = []  # what was recorded before it
 
     def load_matrix(
         self,
@@ -135,16 +151,26 @@ class CpuOps:
         )
 
     def record(self, emit: Callable[[], None]) -> Program:
-        assert self._program is None, "already recording"
-        handle = self.library.puna_program_new(self._machine, self._scratch)
-        self._check(handle)
-        self._program = program = CpuProgram(self, handle)
+        assert not self._is_recording, "already recording"
+        self._is_recording = True
         try:
             emit()
-            self._check(self.library.puna_program_end(handle))
+            self._end_program()
+            return PartedProgram(tuple(self._parts))
         finally:
+            self._is_recording = False
+            self._program, self._parts = None, []
+
+    def _end_program(self) -> None:
+        if self._program is not None:
+            self._check(self.library.puna_program_end(self._program.handle))
+            self._parts.append(self._program.run)
             self._program = None
-        return program
+
+    def _record_reduce(self, x: Stream) -> None:
+        if self._reduce is not None:
+            self._end_program()
+            self._parts.append(self._reduce(x.partial_TD))
 
     def embed(self, token_ids_T: Array, table: Linear, x: Stream) -> None:
         program = self._recording(token_ids_T, table, x)
@@ -164,6 +190,7 @@ class CpuOps:
         cache: LayerCache,
         q_TQ: Array,
     ) -> None:
+        self._record_reduce(x)
         program = self._recording(x, norm, linear, rope, batch, cache, q_TQ)
         head_dim = cache.values_NKPE.shape[3]
         self._check(
@@ -198,6 +225,7 @@ class CpuOps:
 
     def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Array) -> None:
         assert len(linear.weights) == 2, "gate and up are matrices of their own in layout tiles"
+        self._record_reduce(x)
         program = self._recording(x, norm, linear, act_TF)
         self._check(
             self.library.puna_program_gate_up(
@@ -214,6 +242,7 @@ class CpuOps:
         )
 
     def head(self, x: Stream, rows_L: Array, norm: Norm, linear: Linear, logits_LV: Array) -> None:
+        self._record_reduce(x)
         program = self._recording(x, rows_L, norm, linear, logits_LV)
         self._check(
             self.library.puna_program_head(
@@ -232,11 +261,16 @@ class CpuOps:
         copy_blocks(kv_arrays, copies_C2)
 
     def _recording(self, *arguments: Any) -> int:
-        """The handle of the program being recorded, which keeps the operation's arrays alive."""
+        """The handle of the program being recorded, which keeps the operation's arrays alive; begun
+        where there is none."""
         num_rows = len(self._scratch_arrays["attended_TQ"])
         streams = (argument for argument in arguments if isinstance(argument, Stream))
         assert all(len(x.residual_TD) <= num_rows for x in streams), "scratch has too few rows"
-        assert self._program is not None, "operations are called inside record() only"
+        assert self._is_recording, "operations are called inside record() only"
+        if self._program is None:
+            handle = self.library.puna_program_new(self._machine, self._scratch)
+            self._check(handle)
+            self._program = CpuProgram(self, handle)
         self._program.keep += arguments
         return self._program.handle
 

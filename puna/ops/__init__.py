@@ -79,6 +79,11 @@ class LayerCache:
     value_scales_NKP: Array | None = None
 
 
+# Where there are several tensor-parallel ranks: given a stream's partial, the call that replaces it
+# with its sum over the ranks. A consumer records that call before anything else.
+Reduce = Callable[[Array], Callable[[], None]]
+
+
 class Program(Protocol):
     """Recorded operations over fixed arrays."""
 
@@ -107,7 +112,8 @@ class Ops(Protocol):
         ...
 
     def embed(self, token_ids_T: Array, table: Linear, x: Stream) -> None:
-        """residual = 0; partial[t] = row token_ids[t] of the table."""
+        """residual = 0; partial[t] = row token_ids[t] of the table, or 0 where it has no such row:
+        with several ranks each holds a part of the vocabulary."""
         ...
 
     def qkv(
@@ -152,8 +158,9 @@ class Ops(Protocol):
         ...
 
     def head(self, x: Stream, rows_L: Array, norm: Norm, linear: Linear, logits_LV: Array) -> None:
-        """Reduce, norm and project rows_L of the stream to logits. Leaves the stream as it is, so
-        that it may be called for other rows of the same step."""
+        """Reduce, norm and project rows_L of the stream to logits. On one rank it leaves the stream
+        as it is, so that it may be called for other rows of the same step; on several, partial is
+        reduced in place."""
         ...
 
     def copy_blocks(self, kv_arrays: tuple[Array, ...], copies_C2: Array) -> None:

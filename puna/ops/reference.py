@@ -22,7 +22,7 @@ import numpy as np
 from puna.batch import ForwardBatch
 from puna.layout import TILE as WEIGHT_TILE
 from puna.layout import to_dense
-from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
+from puna.ops import LayerCache, Linear, Norm, Program, Reduce, RopeTable, Stream
 from puna.ops.kv_blocks import copy_blocks
 from puna.quant import Array, Format, to_float32
 
@@ -56,10 +56,14 @@ class ReferenceProgram:
 
 
 class ReferenceOps:
-    """NumPy operations; weights are float32 matrices [N, K], unpacked when loaded."""
+    """NumPy operations; weights are float32 matrices [N, K], unpacked when loaded.
 
-    def __init__(self, threads: int | None = None) -> None:
+    `reduce` sums over tensor-parallel ranks (None: there is one).
+    """
+
+    def __init__(self, threads: int | None = None, reduce: Reduce | None = None) -> None:
         self._threads = threads
+        self._reduce = reduce
         self.threads = threads or os.cpu_count() or 1
         self._calls: list[Callable[[], None]] | None = None
 
@@ -93,6 +97,10 @@ class ReferenceOps:
         assert self._calls is not None, "operations are called inside record() only"
         self._calls.append(call)
 
+    def _append_reduce(self, x: Stream) -> None:
+        if self._reduce is not None:
+            self._append(self._reduce(x.partial_TD))
+
     def embed(self, token_ids_T: Array, table: Linear, x: Stream) -> None:
         self._append(partial(_embed, token_ids_T, table, x))
 
@@ -106,6 +114,7 @@ class ReferenceOps:
         cache: LayerCache,
         q_TQ: Array,
     ) -> None:
+        self._append_reduce(x)
         self._append(partial(_qkv, x, norm, linear, rope, batch, cache, q_TQ))
 
     def attention(
@@ -114,12 +123,14 @@ class ReferenceOps:
         self._append(partial(_attention, q_TQ, batch, cache, out, x))
 
     def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Array) -> None:
+        self._append_reduce(x)
         self._append(partial(_gate_up, x, norm, linear, act_TF))
 
     def down(self, act_TF: Array, linear: Linear, x: Stream) -> None:
         self._append(partial(_down, act_TF, linear, x))
 
     def head(self, x: Stream, rows_L: Array, norm: Norm, linear: Linear, logits_LV: Array) -> None:
+        self._append_reduce(x)
         self._append(partial(_head, x, rows_L, norm, linear, logits_LV))
 
     def copy_blocks(self, kv_arrays: tuple[Array, ...], copies_C2: Array) -> None:
@@ -129,7 +140,9 @@ class ReferenceOps:
 def _embed(token_ids_T: Array, table: Linear, x: Stream) -> None:
     (weight_VD,) = table.weights
     x.residual_TD[:] = 0.0
-    x.partial_TD[:] = weight_VD[token_ids_T]
+    is_here_T = (token_ids_T >= 0) & (token_ids_T < len(weight_VD))
+    x.partial_TD[:] = 0.0
+    x.partial_TD[is_here_T] = weight_VD[token_ids_T[is_here_T]]
 
 
 def _qkv(

@@ -30,6 +30,11 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
+        self.clear()
+
+    def clear(self) -> None:
+        """Take back every block and forget every prefix."""
+        num_blocks = self.num_blocks
         self._refs = [0] * num_blocks
         # Next first: what has no content, then the oldest. OrderedDict, because the first key of a
         # dict that is consumed from the front takes ever longer to find.

@@ -1,14 +1,18 @@
 """Executor: the loop that takes requests in and lets a session run their steps.
 
-Decides what a request needs before it is scheduled (defaults, end tokens, a seed) and what happens
-when a step fails. Knows no text, no arrays and no device. A step is `submit` then `collect`; they
-are apart so that a later version can plan a step while the one before it runs.
+Decides what a request needs before it is scheduled (defaults, end tokens, a seed), which lane it
+goes to, and what happens when a step fails. Knows no text, no arrays and no device.
+
+A lane is a batch of its own, with a scheduler of its own. There is one, or one for each pipeline
+stage, so that while a stage computes one lane's step the others have work too. A lane has at most
+one step in flight: `submit`, then `collect`.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Sequence as ListLike
 from dataclasses import replace
 from itertools import count
@@ -25,17 +29,19 @@ from puna.spec import GenerationDefaults
 class StepRunner(Protocol):
     """The part of a session that the executor drives: one rank's, or many ranks' as one."""
 
-    def submit(self, plan: StepPlan) -> None:
-        """Start a step."""
+    def submit(self, plan: StepPlan, lane: int = 0) -> None:
+        """Start a step of a lane that has none in flight."""
         ...
 
-    def collect(self) -> StepResult:
-        """Wait for the step that was submitted."""
+    def collect(self, lane: int = 0) -> StepResult:
+        """Wait for the lane's step; lanes are collected in the order in which they were
+        submitted."""
         ...
 
 
 class Executor:
-    """Drives one session with one scheduler, one step in flight at most. Not for several threads.
+    """Drives one session with a scheduler for each of its lanes, which share a pool of blocks. Not
+    for several threads.
 
     If a step is broken off by any exception, all requests end as aborted and the executor can be
     used again: the next plan tells the session to forget every sequence.
@@ -44,20 +50,33 @@ class Executor:
     def __init__(
         self,
         session: StepRunner,
-        scheduler: Scheduler,
+        schedulers: Scheduler | ListLike[Scheduler],
         defaults: GenerationDefaults | None = None,
     ) -> None:
         self.session = session
-        self.scheduler = scheduler
+        self.lanes = [schedulers] if isinstance(schedulers, Scheduler) else list(schedulers)
+        self.pool = self.lanes[0].pool
+        assert all(lane.pool is self.pool for lane in self.lanes), "lanes share a pool"
         self.defaults = defaults or GenerationDefaults()
         self.num_steps = 0
         self.session_seconds = 0.0  # in submit and collect; the rest of the time the device idles
-        self._in_flight: StepPlan | None = None
+        self._in_flight: deque[tuple[int, StepPlan]] = deque()  # oldest first
+        self._held: list[SequenceEvent] = []  # of steps that an abort had to wait for
+        self._next_lane = 0
         self._request_ids = count()
 
     @property
+    def scheduler(self) -> Scheduler:
+        """The first lane's scheduler: the only one where there is one rank."""
+        return self.lanes[0]
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(lane.num_preemptions for lane in self.lanes)
+
+    @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle
+        return all(lane.is_idle for lane in self.lanes)
 
     def add_request(
         self,
@@ -84,7 +103,8 @@ class Executor:
             want_prompt_logits=want_prompt_logits,
             num_prefill=num_prefill,
         )
-        self.scheduler.add(request)
+        request.lane = min(range(len(self.lanes)), key=lambda i: self.lanes[i].num_sequences)
+        self.lanes[request.lane].add(request)
         return request
 
     def abort(self, request: Request) -> None:
@@ -93,28 +113,42 @@ class Executor:
             self.abort_sequence(seq)
 
     def abort_sequence(self, seq: Sequence) -> None:
-        """End one sequence, as its stop string requires."""
-        assert self._in_flight is None, "abort between steps"
-        self.scheduler.abort(seq)
+        """End one sequence, as its stop string requires. A step of it that is in flight is waited
+        for first; what the step brought to others comes with the next events."""
+        lane = seq.request.lane
+        while any(lane == flying for flying, _ in self._in_flight):
+            self._held += self.collect()
+        self._held = [event for event in self._held if event.sequence is not seq]
+        self.lanes[lane].abort(seq)
         if self.is_idle:
-            self.scheduler.check()
+            self._check()
 
     def step(self) -> list[SequenceEvent]:
-        """Run one step and return what it brought; [] when there is nothing to do."""
-        if not self.submit():
-            return []
-        return self.collect()
+        """Run a step of each lane that has none in flight, wait for the oldest, and return what it
+        brought; [] when there is nothing to do."""
+        self.submit()
+        events, self._held = self._held, []
+        return events + self.collect() if self._in_flight else events
 
     def submit(self) -> bool:
-        """Plan the next step and start it; False if there is nothing to compute."""
-        assert self._in_flight is None, "one step at a time"
+        """Plan and start a step of every lane that can have one; False if none has begun."""
+        flying = {lane for lane, _ in self._in_flight}
+        num_lanes, has_begun = len(self.lanes), False
+        for i in range(num_lanes):
+            lane = (self._next_lane + i) % num_lanes
+            if lane not in flying:
+                has_begun = self._submit_lane(lane) or has_begun
+        assert self._in_flight or self.is_idle, "no lane can go on"
+        return has_begun
+
+    def _submit_lane(self, lane: int) -> bool:
         try:
-            plan = self.scheduler.plan()
+            plan = self.lanes[lane].plan()
             if plan is None:
                 return False
             start = time.perf_counter()
-            self._in_flight = plan
-            self.session.submit(plan)
+            self._in_flight.append((lane, plan))
+            self.session.submit(plan, lane)
             self.session_seconds += time.perf_counter() - start
             return True
         except BaseException:
@@ -122,18 +156,19 @@ class Executor:
             raise
 
     def collect(self) -> list[SequenceEvent]:
-        """Wait for the step in flight and book its result."""
-        plan = self._in_flight
-        assert plan is not None, "nothing was submitted"
+        """Wait for the oldest step in flight and book its result."""
+        assert self._in_flight, "nothing was submitted"
+        lane, plan = self._in_flight[0]
         try:
             start = time.perf_counter()
-            result = self.session.collect()
+            result = self.session.collect(lane)
             self.session_seconds += time.perf_counter() - start
-            events = self.scheduler.commit(plan, result)
-            self._in_flight = None
+            events = self.lanes[lane].commit(plan, result)
+            self._in_flight.popleft()
+            self._next_lane = lane
             self.num_steps += 1
             if self.is_idle:
-                self.scheduler.check()
+                self._check()
             return events
         except BaseException:
             self.reset()
@@ -141,8 +176,14 @@ class Executor:
 
     def reset(self) -> None:
         """Abort everything, after a failure or before closing."""
-        self._in_flight = None
-        self.scheduler.reset()
+        self._in_flight.clear()
+        self._held.clear()
+        for lane in self.lanes:
+            lane.reset()
+
+    def _check(self) -> None:
+        """Assert that no block is lost."""
+        self.pool.check(table for lane in self.lanes for table in lane.tables())
 
 
 def _token_id(value: object) -> int:

@@ -119,13 +119,8 @@ class Lowering:
 
         `logits_LV` is read only where a sequence wants the logits of its prompt.
         """
-        self._last_token_R[step.rows] = sampled.token_ids_L
         token_ids = tuple(sampled.token_ids_L.tolist())
-        if self._seen:
-            for row, token_id in zip(step.rows.tolist(), token_ids, strict=True):
-                if row in self._seen:
-                    seen = self._seen[row]
-                    seen[token_id] = seen.get(token_id, 0) + 1
+        self.take(step, token_ids)
         return StepResult(
             token_ids=token_ids,
             logprobs=_token_logprobs(sampled, step.sampling.num_logprobs_L),
@@ -135,6 +130,15 @@ class Lowering:
                 for seq_id, start, rows in step.prompt_rows
             ),
         )
+
+    def take(self, step: LoweredStep, token_ids: tuple[int, ...]) -> None:
+        """Take the step's sampled tokens into the mirror, perhaps from the rank that has them."""
+        self._last_token_R[step.rows] = token_ids
+        if self._seen:
+            for row, token_id in zip(step.rows.tolist(), token_ids, strict=True):
+                if row in self._seen:
+                    seen = self._seen[row]
+                    seen[token_id] = seen.get(token_id, 0) + 1
 
     def _leave(self, seq_ids: tuple[int, ...]) -> None:
         for seq_id in seq_ids:

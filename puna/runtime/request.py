@@ -119,6 +119,7 @@ class Request:
 
     __slots__ = (
         "id",
+        "lane",
         "max_new_tokens",
         "num_prefill",
         "params",
@@ -149,6 +150,7 @@ class Request:
         self.want_prompt_logits = want_prompt_logits
         self.num_prefill = len(prompt_token_ids) if num_prefill is None else num_prefill
         self.max_new_tokens = 0  # set by the scheduler, which knows what fits
+        self.lane = 0  # set by the executor
         self.sequences: list[Sequence] = []
 
 

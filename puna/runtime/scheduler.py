@@ -58,6 +58,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not (self.waiting or self.running)
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that wait or run, those that wait for another's prompt included."""
+        return sum(1 + len(seq.followers) for seq in (*self.waiting, *self.running))
+
     def add(self, request: Request) -> None:
         """Queue a request; RequestError if it could never be served."""
         request.max_new_tokens = self._room(request)
@@ -125,9 +130,9 @@ class Scheduler:
         seq.followers = []
 
     def reset(self) -> None:
-        """End everything, prefix cache included: a step broke off, so nothing can be trusted."""
-        pool = self.pool
-        self.pool = BlockPool(pool.num_blocks, pool.block_size, pool.prefix_cache)
+        """End everything, prefix cache included: a step broke off, so nothing can be trusted. All
+        schedulers of a pool are reset together."""
+        self.pool.clear()
         for seq in (*self.waiting, *self.running):
             for ended in (seq, *seq.followers):
                 ended.status, ended.finish_reason = "finished", "abort"
@@ -138,7 +143,7 @@ class Scheduler:
         self._reset = True
 
     def plan(self) -> StepPlan | None:
-        """Return the next step, or None if there is nothing to compute."""
+        """Return the next step, or None if there is nothing to compute (now)."""
         if self.is_idle:
             return None
         num_preemptions = self.num_preemptions
@@ -173,7 +178,8 @@ class Scheduler:
             prefills.append((seq.id, num_tokens))
             budget -= num_tokens
 
-        assert prefills or decoding, "a step without tokens"
+        if not (prefills or decoding):
+            return None  # schedulers that share the pool hold the blocks
         plan = StepPlan(
             reset=self._reset,
             left=tuple(self._left),
@@ -229,9 +235,14 @@ class Scheduler:
         return events
 
     def check(self) -> None:
-        """Assert that no block is lost: the pool agrees with the sequences."""
+        """Assert that no block is lost: the pool, this scheduler's alone, agrees with the
+        sequences."""
+        self.pool.check(self.tables())
+
+    def tables(self) -> list[list[int]]:
+        """The block tables of all running sequences."""
         assert all(not seq.block_ids for seq in self.waiting), "a waiting sequence holds blocks"
-        self.pool.check(seq.block_ids for seq in self.running)
+        return [seq.block_ids for seq in self.running]
 
     def _grow(self) -> list[tuple[int, tuple[int, ...]]]:
         """Give a block to each sequence whose blocks are full, preempting where there is none."""

@@ -10,43 +10,45 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from puna.batch import ForwardBatch
-from puna.cpu.ops import CpuOps, instruction_sets
+from puna.cpu.ops import CpuOps
 from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
 from puna.huge_pages import empty, map_file
 from puna.layout import ArraySpec
 from puna.manifest import check_files, read_manifest
+from puna.mapping import Mapping
 from puna.memory import (
     Device,
     available_bytes,
+    first_token_id,
     human_bytes,
     kv_block_bytes,
     kv_cache_specs,
+    num_lanes,
     rank_memory,
     workspace_specs,
 )
 from puna.models.llama.model import Activations
-from puna.native.library import find_library, why_missing
-from puna.ops import Program
-from puna.ops.reference import ReferenceOps
+from puna.ops import Program, Reduce
 from puna.ops.sampling import sample
 from puna.quant import Array
 from puna.rank_file import (
     rank_file,
     rank_file_name,
 )
+from puna.runtime.comm import Comm
+from puna.runtime.device import Choice, choose_device, make_ops
 from puna.runtime.load import bind_model, generate_weights, map_weights
-from puna.runtime.lower import Lowering
+from puna.runtime.lower import LoweredStep, Lowering
 from puna.runtime.step import StepPlan, StepResult
 
-DEVICES = ("auto", "cpu", "reference")
 # Programs kept, one for each batch shape met lately; a decode batch meets few shapes.
 MAX_PROGRAMS = 64
 
@@ -58,7 +60,9 @@ Value = TypeVar("Value")
 class Session:
     """One rank of an engine. `submit` runs a step, `collect` returns its result.
 
-    Made by `Session.open`. Steps must be run from one thread at a time.
+    Made by `Session.open`. Steps must be run from one thread at a time. Of several ranks each runs
+    every step, and those of the last pipeline stage have its result; the others are told the tokens
+    (`take`). Each lane has its own sequences, and at most one step that was not collected.
     """
 
     def __init__(
@@ -66,21 +70,25 @@ class Session:
         engine_dir: Path,
         config: EngineConfig,
         rank: int,
-        chosen: _Choice,
+        chosen: Choice,
         num_blocks: int,
         stored: dict[str, Array],
         stored_bytes: int,
         threads: int | None,
         report: Callable[[int], None],
+        comm: Comm | None,
     ) -> None:
         self.engine_dir = engine_dir
         self.config = config
+        self.mapping = config.mapping(rank)
+        self.num_lanes = num_lanes(config)
         self.num_blocks = num_blocks
         self.block_size = config.limits.block_size
         self.device = chosen.device
         self.notice = chosen.notice
+        self._comm = comm
         self._arrays = _allocate(workspace_specs(config, rank, chosen.device))
-        self._ops = _make_ops(chosen, threads, self._arrays)
+        self._ops = make_ops(chosen, threads, self._arrays, self._reduce)
         self.threads = self._ops.threads
         self.device_name: str = chosen.device  # as --device takes it
         if isinstance(self._ops, CpuOps):
@@ -91,8 +99,14 @@ class Session:
         self._programs: OrderedDict[tuple[int, int], tuple[ForwardBatch, Program]] = OrderedDict()
         self._heads: OrderedDict[tuple[int, int], tuple[Array, Program]] = OrderedDict()
         limits = config.limits
-        self._lowering = Lowering(limits.block_size, limits.max_batch_size, limits.max_seq_len)
-        self._result: StepResult | None = None
+        # Token ids count from the rank's first row of the embedding.
+        self._first_token_id = first_token_id(config, rank)
+        self._lowerings = [
+            Lowering(limits.block_size, limits.max_batch_size, limits.max_seq_len)
+            for _ in range(self.num_lanes)
+        ]
+        self._steps: dict[int, LoweredStep] = {}  # by lane: run, and its tokens not known here yet
+        self._results: dict[int, StepResult] = {}  # by lane
 
     @classmethod
     def open(
@@ -104,15 +118,15 @@ class Session:
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
         threads: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        comm: Comm | None = None,
         progress: LoadProgress | None = None,
     ) -> Session:
         """Check an engine and bring one rank of it into memory.
 
         `device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2").
         `max_batch_size` and `max_num_tokens` may lower the engine's limits; `threads` limits those
-        that compute (None: physical cores) and those that check digests. `progress` is told the
+        that compute (None: physical cores) and those that check digests. `comm` joins the ranks of
+        an engine of several, each of which opens a session like this one. `progress` is told the
         bytes brought in (checked or generated, then bound to the model) and their total. Raises
         EngineError or LaunchError before anything large is allocated; a byte that differs from the
         manifest is found before this returns.
@@ -122,21 +136,16 @@ class Session:
             raise EngineError(f"threads is {threads}; it must be at least 1")
         num_readers = threads or os.cpu_count() or 1
         config = read_config(engine_dir)
+        mapping = Mapping() if comm is None else comm.mapping
+        rank = mapping.rank
+        check_world_size(config, mapping.world_size)
         manifest = read_manifest(engine_dir)
         # The small files first: what the config says is believed only if it is what was written.
         check_files(engine_dir, manifest, (), num_readers)
         digest = config.digest()
-        chosen = _choose_device(device, config)
-        if config.world_size != world_size:
-            raise LaunchError(
-                f"Engine world size ({config.world_size}) != Runtime world size ({world_size}): "
-                f"start {config.world_size} ranks, or build the engine with --tp and --pp for "
-                f"{world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise LaunchError(f"rank {rank} is not between 0 and {world_size - 1}: start it as one")
+        chosen = choose_device(device, config)
         config = _lower_limits(config, max_batch_size, max_num_tokens)
-        num_blocks = _num_blocks(config, rank, kv_cache_bytes)
+        num_blocks = _num_blocks(config, kv_cache_bytes)
         _check_ram(config, rank, chosen.device, num_blocks)
         layout = rank_file(config, rank, digest)
         report = _meter(layout.num_bytes, progress)
@@ -157,6 +166,7 @@ class Session:
             layout.num_bytes,
             threads,
             report,
+            comm,
         )
 
     @property
@@ -168,45 +178,79 @@ class Session:
             workspace=sum(array.nbytes for array in self._arrays.values()),
         )
 
-    def submit(self, plan: StepPlan) -> None:
-        """Run one step; its result waits for `collect`."""
+    def submit(self, plan: StepPlan, lane: int = 0) -> None:
+        """Run one step; on the last stage its result waits for `collect`."""
         if plan.reset:
-            self._result = None  # of a step that was broken off before it was collected
-        assert self._result is None, "collect the step before"
-        step = self._lowering.lower(plan)
+            # Of a step that was broken off before it was collected.
+            self._results.pop(lane, None)
+        assert lane not in self._results and lane not in self._steps, "collect the step before"
+        step = self._lowerings[lane].lower(plan)
         if len(step.copies_C2):
             self._ops.copy_blocks(tuple(self._kv.values()), step.copies_C2)
-        num_tokens = self._forward(step.batch)
+        num_tokens = step.batch.num_tokens
+        if self._comm is not None and not self.mapping.is_first_stage:
+            self._comm.receive_from_stage_before(self._stream(num_tokens))
+        self._forward(step.batch)
+        if not self.mapping.is_last_stage:
+            self._send_stream(num_tokens, lane)
+            self._steps[lane] = step
+            return
         logits_LV = self._logits(step.batch.logits_rows_L, num_tokens)
         sampled = sample(step.sample_logits(logits_LV), step.sampling)
-        self._result = self._lowering.record(step, sampled, logits_LV)
+        self._results[lane] = self._lowerings[lane].record(step, sampled, logits_LV)
 
-    def collect(self) -> StepResult:
-        """The result of the step submitted last."""
-        assert self._result is not None, "submit a step first"
-        result, self._result = self._result, None
-        return result
+    def collect(self, lane: int = 0) -> StepResult:
+        """The result of the lane's step, which was submitted before. Last stage only."""
+        assert lane in self._results, "submit a step first"
+        return self._results.pop(lane)
+
+    def take(self, token_ids: tuple[int, ...], lane: int = 0) -> None:
+        """Learn what the last stage sampled in the lane's step. Not on the last stage."""
+        self._lowerings[lane].take(self._steps.pop(lane), token_ids)
 
     def close(self) -> None:
         """Let go of all memory; the session cannot be used afterwards."""
+        if self._comm is not None:
+            for lane in range(self.num_lanes):
+                self._comm.wait_sent(lane)
         self._programs.clear()
         self._heads.clear()
         self._arrays.clear()
         self._kv.clear()
         del self._model
 
-    def _forward(self, batch: ForwardBatch) -> int:
-        num_tokens, num_seqs = batch.num_tokens, batch.num_seqs
-        shape = (num_tokens, num_seqs)
+    @property
+    def _reduce(self) -> Reduce | None:
+        """How operations sum over tensor-parallel ranks."""
+        if self._comm is None or self.mapping.tp_size == 1:
+            return None
+        comm, gathered = self._comm, self._arrays["gathered"]
+        return lambda partial_TD: comm.sum_call(partial_TD, gathered)
+
+    def _stream(self, num_tokens: int) -> tuple[Array, Array]:
+        arrays = self._arrays
+        return arrays["residual_TD"][:num_tokens], arrays["partial_TD"][:num_tokens]
+
+    def _send_stream(self, num_tokens: int, lane: int) -> None:
+        """Hand the stream to the next stage; a copy, so that the next step may begin."""
+        assert self._comm is not None
+        self._comm.wait_sent(lane)
+        names = ("sent_residual_TD", "sent_partial_TD")
+        sent = tuple(self._arrays[name][lane, :num_tokens] for name in names)
+        for copy_TD, array_TD in zip(sent, self._stream(num_tokens), strict=True):
+            copy_TD[:] = array_TD
+        self._comm.send_to_next_stage(sent, lane)
+
+    def _forward(self, batch: ForwardBatch) -> None:
+        shape = (batch.num_tokens, batch.num_seqs)
         inputs, program = _cached(self._programs, shape, lambda: self._record(*shape))
-        inputs.token_ids_T[:] = batch.token_ids_T
+        np.subtract(batch.token_ids_T, self._first_token_id, out=inputs.token_ids_T)
         inputs.positions_T[:] = batch.positions_T
         inputs.slots_T[:] = batch.slots_T
         inputs.query_start_S1[:] = batch.query_start_S1
         inputs.seq_lens_S[:] = batch.seq_lens_S
         inputs.block_table_SM[:, : batch.block_table_SM.shape[1]] = batch.block_table_SM
         program.run()
-        return num_tokens
 
     def _record(self, num_tokens: int, num_seqs: int) -> tuple[ForwardBatch, Program]:
         arrays = self._arrays
@@ -223,23 +267,38 @@ class Session:
         return inputs, self._ops.record(lambda: self._model.forward(self._ops, inputs, act))
 
     def _logits(self, rows_L: Array, num_tokens: int) -> Array:
-        """float32 [L, V]. More rows than sequences (a prompt's logits) are computed in parts."""
+        """float32 [L, V] of the whole vocabulary. More rows than sequences (a prompt's logits) are
+        computed in parts."""
         most, vocab_size = self.config.limits.max_batch_size, self.config.spec.vocab_size
-        logits_LV = self._arrays["logits_LV"]
         if len(rows_L) <= most:
-            self._head(rows_L, num_tokens)
-            return logits_LV[: len(rows_L), :vocab_size]
+            return self._head(rows_L, num_tokens)[:, :vocab_size]
         all_LV = np.empty((len(rows_L), vocab_size), np.float32)
         for start in range(0, len(rows_L), most):
             part = rows_L[start : start + most]
-            self._head(part, num_tokens)
-            all_LV[start : start + most] = logits_LV[: len(part), :vocab_size]
+            all_LV[start : start + most] = self._head(part, num_tokens)[:, :vocab_size]
         return all_LV
 
-    def _head(self, rows_L: Array, num_tokens: int) -> None:
+    def _head(self, rows_L: Array, num_tokens: int) -> Array:
+        """Logits of some rows, in an array that the next call writes to."""
+        arrays, num_rows = self._arrays, len(rows_L)
+        logits_LV = arrays["logits_LV"][:num_rows]
+        if self._comm is None or self.mapping.tp_size == 1:
+            if num_rows:
+                self._run_head(rows_L, num_tokens)
+            return logits_LV
+        joined_LV = arrays["joined_logits_LV"][:num_rows]
+        if num_rows:
+            # The rows are copied, since the head sums them in place.
+            for name in ("residual", "partial"):
+                np.take(
+                    arrays[f"{name}_TD"], rows_L, axis=0, out=arrays[f"head_{name}_LD"][:num_rows]
+                )
+            self._run_head(np.arange(num_rows, dtype=np.int32), num_rows)
+            self._comm.join_columns(logits_LV, arrays["gathered"], joined_LV)
+        return joined_LV
+
+    def _run_head(self, rows_L: Array, num_tokens: int) -> None:
         """Compute the logits of some rows into the first rows of logits_LV."""
-        if not len(rows_L):
-            return
         shape = (len(rows_L), num_tokens)
         inputs, program = _cached(self._heads, shape, lambda: self._record_head(*shape))
         inputs[:] = rows_L
@@ -248,15 +307,28 @@ class Session:
     def _record_head(self, num_rows: int, num_tokens: int) -> tuple[Array, Program]:
         rows_L = self._arrays["logits_rows_L"][:num_rows]
         logits_LV = self._arrays["logits_LV"][:num_rows]
-        act = self._activations()
+        act = self._activations("head_" if "head_partial_LD" in self._arrays else "")
         return rows_L, self._ops.record(
             lambda: self._model.logits(self._ops, rows_L, num_tokens, act, logits_LV)
         )
 
-    def _activations(self) -> Activations:
-        arrays = self._arrays
+    def _activations(self, stream: str = "") -> Activations:
+        arrays, rows = self._arrays, "LD" if stream else "TD"
         return Activations(
-            arrays["residual_TD"], arrays["partial_TD"], arrays["q_TQ"], arrays["act_TF"]
+            arrays[f"{stream}residual_{rows}"],
+            arrays[f"{stream}partial_{rows}"],
+            arrays["q_TQ"],
+            arrays["act_TF"],
+        )
+
+
+def check_world_size(config: EngineConfig, world_size: int) -> None:
+    """LaunchError unless as many ranks run as the engine was built for."""
+    if config.world_size != world_size:
+        raise LaunchError(
+            f"Engine world size ({config.world_size}) != Runtime world size ({world_size}): start "
+            f"{config.world_size} ranks (puna launch -n {config.world_size} -- run ..., or "
+            f"mpirun), or build the engine with --tp and --pp for {world_size}"
         )
 
 
@@ -291,53 +363,6 @@ def _cached(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value])
     return cache[key]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What runs the engine; `notice` tells the user, in a line, of something slower than usual."""
-
-    device: Device
-    instruction_set: str | None = None  # None: the best
-    notice: str = ""
-
-
-def _choose_device(device: str, config: EngineConfig) -> _Choice:
-    """`device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2")."""
-    if config.target != "cpu":
-        raise EngineError(
-            f"the engine was built for {config.target}, this version of puna runs cpu engines: "
-            "build it again with --target cpu"
-        )
-    name, colon, instruction_set = device.partition(":")
-    if name not in DEVICES or (colon and (name != "cpu" or not instruction_set)):
-        raise EngineError(
-            f"device {device!r} is not in this version of puna: use one of {', '.join(DEVICES)}"
-        )
-    if name == "reference":
-        return _Choice("reference")
-    library = find_library()
-    if library is not None:
-        usable = instruction_sets(library)
-        if instruction_set and instruction_set not in usable:
-            raise EngineError(
-                f"{device}: this machine does not run {instruction_set!r}: use one of "
-                f"{', '.join(usable)}, or cpu alone for the best"
-            )
-        return _Choice("cpu", instruction_set or None)
-    if name == "cpu":
-        raise EngineError(f"{why_missing()} (or use --device reference, which is slow)")
-    return _Choice("reference", notice=f"running on NumPy, which is slow: {why_missing()}")
-
-
-def _make_ops(
-    chosen: _Choice, threads: int | None, arrays: dict[str, Array]
-) -> CpuOps | ReferenceOps:
-    if chosen.device == "reference":
-        return ReferenceOps(threads)
-    library = find_library()
-    assert library is not None, "chosen without a library"
-    return CpuOps(library, arrays, threads, chosen.instruction_set)
-
-
 def _allocate(specs: dict[str, ArraySpec]) -> dict[str, Array]:
     return {name: empty(shape, dtype) for name, (dtype, shape) in specs.items()}
 
@@ -363,10 +388,11 @@ def _lower_limits(
     return replace(config, limits=replace(limits, max_batch_size=batch, max_num_tokens=num_tokens))
 
 
-def _num_blocks(config: EngineConfig, rank: int, kv_cache_bytes: int | None) -> int:
+def _num_blocks(config: EngineConfig, kv_cache_bytes: int | None) -> int:
+    """KV blocks of `kv_cache_bytes` a rank: on all ranks what the one with most layers can have."""
     if kv_cache_bytes is None:
         return config.limits.num_blocks
-    block = kv_block_bytes(config, rank)
+    block = max(kv_block_bytes(config, rank) for rank in range(config.world_size))
     if kv_cache_bytes < 2 * block:
         raise EngineError(
             f"kv_cache_bytes {kv_cache_bytes} is too small: {config.limits.block_size} tokens take "

@@ -49,6 +49,7 @@ class FakeSession:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_lanes = 1
         self.engine_dir = engine_dir
         self.config = SimpleNamespace(
             spec=SimpleNamespace(vocab_size=VOCAB_SIZE),
@@ -67,7 +68,7 @@ class FakeSession:
         self.fail_at: int | None = None  # number of the submit that raises
         self._result: StepResult | None = None
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: StepPlan, lane: int = 0) -> None:
         self.plans.append(plan)
         step = self.lowering.lower(plan)
         if self.fail_at == len(self.plans):
@@ -91,7 +92,7 @@ class FakeSession:
         sampled = sample(step.sample_logits(logits_LV), step.sampling)
         self._result = self.lowering.record(step, sampled, logits_LV)
 
-    def collect(self) -> StepResult:
+    def collect(self, lane: int = 0) -> StepResult:
         assert self._result is not None
         result, self._result = self._result, None
         return result

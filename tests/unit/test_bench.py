@@ -60,7 +60,7 @@ class TimedSession(FakeSession):
     threads = 3
     now = 0.0
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: StepPlan, lane: int = 0) -> None:
         super().submit(plan)
         decoding = int(self.lowering._is_decoding_R.sum())  # after the step
         TimedSession.now += 2 + max(decoding, sum(n for _, n in plan.prefills))

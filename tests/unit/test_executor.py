@@ -238,7 +238,7 @@ def test_interrupt_in_collect():
     executor = make_executor()
     collect = executor.session.collect
 
-    def interrupted() -> StepResult:
+    def interrupted(lane: int = 0) -> StepResult:
         executor.session.collect = collect
         raise KeyboardInterrupt
 
@@ -296,10 +296,10 @@ class _CountingSession:
 
     num_seqs = 0
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: StepPlan, lane: int = 0) -> None:
         self.num_seqs += len(plan.joined) - len(plan.left)
 
-    def collect(self) -> StepResult:
+    def collect(self, lane: int = 0) -> StepResult:
         return StepResult(token_ids=(1,) * self.num_seqs)
 
 
@@ -327,7 +327,7 @@ def test_lowering_is_cheap():
     seconds = []
 
     class Lowers(_CountingSession):
-        def submit(self, plan: StepPlan) -> None:
+        def submit(self, plan: StepPlan, lane: int = 0) -> None:
             super().submit(plan)
             start = time.perf_counter()
             session.lowering.lower(plan)

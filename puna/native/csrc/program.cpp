@@ -305,8 +305,13 @@ void Program::embed(const int32_t* token_ids_T, const Linear& table, const Strea
     m.pool.share(thread, x.num_tokens, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
         float* residual = x.residual_TD + t * x.hidden_size;
+        float* partial = x.partial_TD + t * x.hidden_size;
         std::fill(residual, residual + x.hidden_size, 0.0f);
-        m.kernels->row(&table.parts[0], token_ids_T[t], x.partial_TD + t * x.hidden_size);
+        // Each of several ranks holds a part of the vocabulary, and counts from its first.
+        if (token_ids_T[t] >= 0 && token_ids_T[t] < table.parts[0].n)
+          m.kernels->row(&table.parts[0], token_ids_T[t], partial);
+        else
+          std::fill(partial, partial + x.hidden_size, 0.0f);
       }
     });
     m.pool.barrier();

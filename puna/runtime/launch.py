@@ -1,0 +1,273 @@
+"""Launch: which rank of how many this process is, as its launcher says, and the cores it keeps to.
+
+Reads the variables of puna launch, torchrun, mpirun (Open MPI; MPICH and its relatives) and srun:
+the only file of puna that looks at the environment. Connects nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from puna.errors import LaunchError
+
+LOOPBACK = "127.0.0.1"
+# What puna launch tells its processes.
+RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = (
+    f"PUNA_{name}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+)
+ADDRESS, PORT, JOB, PARENT = (
+    f"PUNA_{name}" for name in ("MASTER_ADDR", "MASTER_PORT", "JOB", "PARENT")
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of its job.
+
+    `job` tells the job from others on the same hosts; rank 0 can be reached at one of `addresses`,
+    at `port` (None: one that follows from `job`).
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = ""
+    job: str = ""
+    addresses: tuple[str, ...] = ()
+    port: int | None = None
+
+    @property
+    def is_one_host(self) -> bool:
+        return self.local_size == self.size
+
+
+def find_world(
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> World:
+    """The world that the launcher set up; one rank where there is no launcher.
+
+    `master_addr` and `master_port` say where rank 0 listens, in place of what the launcher tells.
+    Raises LaunchError for variables that make no sense.
+    """
+    found = _from_environment(os.environ if environ is None else environ)
+    if not 0 <= found.rank < found.size or not 0 <= found.local_rank < found.local_size:
+        raise LaunchError(
+            f"{found.launcher} says rank {found.rank} of {found.size} (on this host "
+            f"{found.local_rank} of {found.local_size}): start the ranks again, or unset its "
+            "variables for a single process"
+        )
+    if master_port is not None and not 0 < master_port < 65536:
+        raise LaunchError(f"master port {master_port}: use a number from 1 to 65535")
+    if found.is_one_host:
+        found = replace(found, addresses=(LOOPBACK,))
+    if master_addr is not None:
+        found = replace(found, addresses=(master_addr,))
+    return found if master_port is None else replace(found, port=master_port)
+
+
+def speaks_for_all(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this is rank 0, the one that prints what concerns all ranks."""
+    try:
+        return find_world(environ=environ).rank == 0
+    except LaunchError:
+        return True
+
+
+def _from_environment(environ: Mapping[str, str]) -> World:
+    if RANK in environ:
+        return _from_puna(environ)
+    if all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        return _from_torchrun(environ)
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        return _from_open_mpi(environ)
+    if "PMI_RANK" in environ and "PMI_SIZE" in environ:
+        return _from_mpich(environ)
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        return _from_slurm(environ)
+    return World()
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "" if default is None else str(default))
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise LaunchError(f"the variable {name} is {text!r}; it must be a whole number")
+    return int(text)
+
+
+def _from_puna(environ: Mapping[str, str]) -> World:
+    return World(
+        rank=_number(environ, RANK),
+        size=_number(environ, SIZE),
+        local_rank=_number(environ, LOCAL_RANK),
+        local_size=_number(environ, LOCAL_SIZE),
+        launcher="puna launch",
+        job=environ.get(JOB, ""),
+        addresses=(environ.get(ADDRESS, LOOPBACK),),
+        port=_number(environ, PORT) if PORT in environ else None,
+    )
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> World:
+    # Its own store listens at MASTER_PORT, so that the port only serves to tell jobs apart.
+    address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+    return World(
+        rank=_number(environ, "RANK"),
+        size=_number(environ, "WORLD_SIZE"),
+        local_rank=_number(environ, "LOCAL_RANK"),
+        local_size=_number(environ, "LOCAL_WORLD_SIZE"),
+        launcher="torchrun",
+        job=f"torchrun {address} {port} {environ.get('TORCHELASTIC_RUN_ID', '')}",
+        addresses=(address,) if address else (),
+    )
+
+
+def _from_open_mpi(environ: Mapping[str, str]) -> World:
+    size = _number(environ, "OMPI_COMM_WORLD_SIZE")
+    # Where mpirun itself listens: version 4 tells its processes, version 5 does not.
+    uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
+    found = re.search(r"tcp://([\d.,]+):\d+", uri)
+    return World(
+        rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
+        size=size,
+        local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        local_size=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", size),
+        launcher="mpirun (Open MPI)",
+        job=f"openmpi {environ.get('PMIX_NAMESPACE', '')} {uri}",
+        addresses=tuple(found[1].split(",")) if found else (),
+    )
+
+
+def _from_mpich(environ: Mapping[str, str]) -> World:
+    size = _number(environ, "PMI_SIZE")
+    return World(
+        rank=_number(environ, "PMI_RANK"),
+        size=size,
+        local_rank=_number(environ, "MPI_LOCALRANKID", _number(environ, "PMI_RANK")),
+        local_size=_number(environ, "MPI_LOCALNRANKS", size),
+        launcher="mpirun (MPICH)",
+        job=f"mpich {_ancestor('hydra_pmi_proxy')}",
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> World:
+    size, node = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_NODEID", 0)
+    tasks = _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+    first = _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    return World(
+        rank=_number(environ, "SLURM_PROCID"),
+        size=size,
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_size=tasks[node] if node < len(tasks) else size,
+        launcher="srun",
+        job=f"slurm {environ.get('SLURM_JOB_ID', '')} {environ.get('SLURM_STEP_ID', '')}",
+        addresses=(first,) if first else (),
+    )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """What Slurm writes as "2(x3),1".
+
+    >>> _tasks_per_node("2(x3),1")
+    [2, 2, 2, 1]
+    """
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _first_host(nodes: str) -> str:
+    """The first of a list of hosts as Slurm writes it.
+
+    >>> _first_host("gpu[03-07,9],cpu1"), _first_host("a,b")
+    ('gpu03', 'a')
+    """
+    found = re.match(r"([^\[,]*)(?:\[(\w+))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def _ancestor(name: str) -> int:
+    """The nearest ancestor of this process that is called so, or else its parent."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            command, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(")")
+        except OSError:
+            break
+        if command.partition("(")[2] == name:
+            return pid
+        pid = int(rest.split()[1])
+    return os.getppid()
+
+
+def keep_to_share(world: World) -> None:
+    """Bind this process to its part of the host's CPUs, where the launcher has not done so.
+
+    Ranks of one host that shared cores would wait for each other in every operation.
+    """
+    if world.local_size == 1 or not hasattr(os, "sched_setaffinity"):
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < (os.cpu_count() or 1):
+        return  # bound already
+    first = world.local_rank * len(cpus) // world.local_size
+    last = max(first + 1, (world.local_rank + 1) * len(cpus) // world.local_size)
+    os.sched_setaffinity(0, cpus[first:last])
+
+
+def end_with_launcher(environ: Mapping[str, str] | None = None) -> None:
+    """Where puna launch started this process: have the system end it when that is gone (Linux)."""
+    parent = (os.environ if environ is None else environ).get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if str(os.getppid()) != parent:  # it was gone before the system was told
+        raise SystemExit(1)
+
+
+def rank_environment(
+    rank: int,
+    size: int,
+    local_rank: int,
+    local_size: int,
+    address: str,
+    job: str,
+    port: int | None = None,
+) -> dict[str, str]:
+    """The variables by which puna launch tells a process who it is."""
+    values = {
+        RANK: rank,
+        SIZE: size,
+        LOCAL_RANK: local_rank,
+        LOCAL_SIZE: local_size,
+        ADDRESS: address,
+        JOB: job,
+    }
+    if port is not None:
+        values[PORT] = port
+    return {name: str(value) for name, value in values.items()}
+
+
+def parent_environment(pid: int) -> dict[str, str]:
+    """The variable by which a process knows whose end is its own; see `end_with_launcher`."""
+    return {PARENT: str(pid)}
+
+
+def remote_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """What a process on another host is told: its rank, and where Python finds its modules."""
+    path = os.environ.get("PYTHONPATH")
+    return {**variables, **({} if path is None else {"PYTHONPATH": path})}
+
+
+def process_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with changes, for a process on the same host."""
+    return {**os.environ, **changes}
