@@ -116,6 +116,13 @@ class Comm:
             work.wait()
 
 
+    def close(self) -> None:
+        """Wait for what is being sent, and end the groups' threads while Python can still do so."""
+        for slot in list(self._sending):
+            self.wait_sent(slot)
+        self._tensor = self._pipeline = self._store = None
+
+
 def _torch() -> tuple[Any, Any]:
     try:
         import torch

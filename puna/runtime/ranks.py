@@ -13,6 +13,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+from puna.cpu.ops import num_cores
 from puna.engine import EngineConfig, read_config
 from puna.errors import LaunchError, PunaError
 from puna.memory import RankMemory
@@ -130,7 +131,8 @@ def _open(
         kv_cache_bytes=options.kv_cache_bytes,
         max_batch_size=options.max_batch_size,
         max_num_tokens=options.max_num_tokens,
-        threads=options.threads,
+        # BLAS has its threads already, and would use the other ranks' cores too.
+        threads=options.threads or num_cores(),
         comm=comm,
         progress=progress,
     )

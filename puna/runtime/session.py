@@ -210,11 +210,10 @@ class Session:
 
     def close(self) -> None:
         """Let go of all memory; the session cannot be used afterwards."""
-        if self._comm is not None:
-            for lane in range(self.num_lanes):
-                self._comm.wait_sent(lane)
         self._programs.clear()
         self._heads.clear()
+        if self._comm is not None:
+            self._comm.close()
         self._arrays.clear()
         self._kv.clear()
         del self._model

@@ -95,7 +95,7 @@ def test_files_that_change_places_are_refused(engine: Path, copied: Any) -> None
 
 def open_rank(path: Path, rank: int) -> Session:
     """One of two ranks, which runs no step and needs no other."""
-    comm: Any = SimpleNamespace(mapping=Mapping(rank, tp_size=2), wait_sent=lambda slot: None)
+    comm: Any = SimpleNamespace(mapping=Mapping(rank, tp_size=2), close=lambda: None)
     return Session.open(path, comm=comm)
 
 
