@@ -34,6 +34,7 @@ class Comm:
         torch, dist = _torch()
         self._torch, self._dist = torch, dist
         self.mapping = mapping
+        self._peers = peers
         # The group's own store: rank 0 tells the others where.
         if mapping.rank == 0:
             self._store = dist.TCPStore(peers.own_address, 0, None, True, wait_for_workers=False)
@@ -43,11 +44,11 @@ class Comm:
             self._store = dist.TCPStore(host, int(port), None, False)
         self._address = peers.own_address
         first_of_stage = mapping.pp_rank * mapping.tp_size
-        self._tensor = self._group(
+        self._tensor: Any = self._group(
             f"tp{mapping.pp_rank}", mapping.rank - first_of_stage, mapping.tp_size
         )
         # Stages exchange between ranks of the same place in their groups.
-        self._pipeline = self._group(f"pp{mapping.tp_rank}", mapping.pp_rank, mapping.pp_size)
+        self._pipeline: Any = self._group(f"pp{mapping.tp_rank}", mapping.pp_rank, mapping.pp_size)
         self._sending: dict[int, list[Any]] = {}  # by slot
 
     def _group(self, name: str, rank: int, size: int) -> Any:
@@ -73,7 +74,7 @@ class Comm:
         group, flat = self._tensor, everybody.view(-1)
 
         def run() -> None:
-            group._allgather_base(flat, own).wait()
+            self._do(lambda: group._allgather_base(flat, own))
             np.add(all_XTD[0], all_XTD[1], out=partial_TD)
             for other_TD in all_XTD[2:]:
                 np.add(partial_TD, other_TD, out=partial_TD)
@@ -87,7 +88,7 @@ class Comm:
         all_XLV = gathered[: size * logits_LV.size].reshape(size, *logits_LV.shape)
         flat = self._torch.from_numpy(all_XLV.reshape(-1))
         own = self._torch.from_numpy(logits_LV.reshape(-1))
-        self._tensor._allgather_base(flat, own).wait()
+        self._do(lambda: self._tensor._allgather_base(flat, own))
         num_rows, num_columns = logits_LV.shape
         out.reshape(num_rows, size, num_columns)[:] = all_XLV.transpose(1, 0, 2)
 
@@ -103,18 +104,22 @@ class Comm:
     def wait_sent(self, slot: int) -> None:
         """Wait until what was sent from this slot has arrived."""
         for work in self._sending.pop(slot, ()):
-            work.wait()
+            self._do(lambda work=work: work)
 
     def receive_from_stage_before(self, arrays: tuple[Array, ...]) -> None:
         """Fill arrays with what the stage before sent, in the order in which it sent."""
         source = self.mapping.pp_rank - 1
-        works = [
-            self._pipeline.recv([self._torch.from_numpy(array)], source, tag)
-            for tag, array in enumerate(arrays)
-        ]
-        for work in works:
-            work.wait()
+        for tag, array in enumerate(arrays):
+            target = [self._torch.from_numpy(array)]
+            self._do(lambda tag=tag, target=target: self._pipeline.recv(target, source, tag))
 
+    def _do(self, begin: Callable[[], Any]) -> None:
+        """Wait for what `begin` starts."""
+        try:
+            begin().wait()
+        except RuntimeError:  # gloo's word for a lost connection
+            self._peers.wait_for_end()
+            raise
 
     def close(self) -> None:
         """Wait for what is being sent, and end the groups' threads while Python can still do so."""

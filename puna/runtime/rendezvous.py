@@ -147,10 +147,13 @@ class Peers:
         try:
             return action(*arguments)
         except OSError:
-            # The watching thread knows more about it, and ends the process.
-            while not self._is_closing.is_set():
-                time.sleep(0.1)
+            self.wait_for_end()
             raise
+
+    def wait_for_end(self, seconds: float = 30.0) -> None:
+        """After an error that a lost rank may have caused: the watching thread knows which one it
+        was, and ends the process. Returns where none was lost."""
+        self._is_closing.wait(seconds)
 
     @staticmethod
     def _quietly(link: Link, value: dict[str, Any]) -> bool:

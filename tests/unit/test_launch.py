@@ -1,0 +1,124 @@
+"""Which rank this is, from the variables of each launcher; where rank 0 is; who prints."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from puna.errors import LaunchError
+from puna.runtime.launch import (
+    World,
+    find_world,
+    keep_to_share,
+    process_environment,
+    rank_environment,
+    speaks_for_all,
+)
+from puna.runtime.rendezvous import candidate_ports
+
+HNP = "1.0;tcp://10.0.0.1,192.168.0.1:4000;tcp6://[fd00::2]:58503"
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_MCA_orte_hnp_uri": HNP,
+    "PMIX_NAMESPACE": "77",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+SLURM = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+}
+PUNA = rank_environment(3, 4, 1, 2, "node1", "secret", 4321)
+
+
+@pytest.mark.parametrize(
+    ("environ", "addresses"),
+    [
+        (OPEN_MPI, ("10.0.0.1", "192.168.0.1")),
+        (TORCHRUN, ("node1",)),
+        (MPICH, ()),
+        (SLURM, ("gpu07",)),
+        (PUNA, ("node1",)),
+    ],
+    ids=["open mpi", "torchrun", "mpich", "srun", "puna launch"],
+)
+def test_each_launcher_tells_the_rank(environ: dict[str, str], addresses: tuple[str, ...]) -> None:
+    world = find_world(environ=environ)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 4, 1, 2)
+    assert world.addresses == addresses and not world.is_one_host
+    assert find_world("other", 99, environ).addresses == ("other",)
+    assert find_world("other", 99, environ).port == 99
+    assert not speaks_for_all(environ)
+
+
+def test_one_host_meets_on_the_loopback() -> None:
+    environ = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    assert find_world(environ=environ).addresses == ("127.0.0.1",)
+
+
+def test_no_launcher_is_one_rank() -> None:
+    for environ in ({}, {"RANK": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}):
+        world = find_world(environ=environ)
+        assert (world.rank, world.size) == (0, 1)
+    assert speaks_for_all({})
+
+
+@pytest.mark.parametrize("rank", ["4", "-1", "one", ""])
+def test_variables_that_make_no_sense_are_refused(rank: str) -> None:
+    with pytest.raises(LaunchError, match=r"(?i)open mpi|OMPI_COMM_WORLD_RANK"):
+        find_world(environ={**OPEN_MPI, "OMPI_COMM_WORLD_RANK": rank})
+    assert speaks_for_all({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": rank})
+
+
+def test_each_job_has_ports_of_its_own() -> None:
+    first = candidate_ports(find_world(environ=OPEN_MPI))
+    other = candidate_ports(find_world(environ={**OPEN_MPI, "PMIX_NAMESPACE": "78"}))
+    same = {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert first == candidate_ports(find_world(environ=same))
+    assert not set(first) & set(other)
+    # Below the range from which Linux hands out ports by itself.
+    assert all(20000 <= port < 32768 for port in first)
+    assert candidate_ports(find_world(environ=PUNA)) == [4321]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_ranks_of_a_host_share_its_cpus() -> None:
+    before = os.sched_getaffinity(0)
+    if len(before) < 2 or len(before) < (os.cpu_count() or 1):
+        pytest.skip("needs two CPUs, and all of this machine's")
+    shares = []
+    try:
+        for local_rank in range(2):
+            os.sched_setaffinity(0, before)
+            keep_to_share(World(local_rank, 2, local_rank, 2))
+            shares.append(os.sched_getaffinity(0))
+            keep_to_share(World(1 - local_rank, 2, 1 - local_rank, 2))  # bound already
+            assert os.sched_getaffinity(0) == shares[-1]
+        os.sched_setaffinity(0, before)
+        keep_to_share(World(0, 2, 0, 1))  # alone on its host
+        assert os.sched_getaffinity(0) == before
+    finally:
+        os.sched_setaffinity(0, before)
+    assert shares[0] | shares[1] == before and not shares[0] & shares[1]
+
+
+def test_processes_keep_the_environment() -> None:
+    found = process_environment({"PUNA_RANK": "1"})
+    assert found["PUNA_RANK"] == "1" and found["PATH"] == os.environ["PATH"]
