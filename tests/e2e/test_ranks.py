@@ -1,0 +1,335 @@
+"""Engines of several ranks, as users start them: the same tokens as one rank, and the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from small_models import ROOT
+
+from puna import BuildConfig, build
+from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
+
+pytest.importorskip("torch")
+
+# Llama 2 70B in miniature: 64 heads, 8 KV heads.
+SHAPE = "hidden=512,layers=4,heads=64,kv_heads=8,head_dim=8,ffn=1376,vocab=1003,max_positions=256"
+# What the ranks run: prompts in flight together, their tokens, and logits.
+PROGRAM = """\
+import sys
+import numpy as np
+from puna import LLM, SamplingParams
+
+engine, out, device, num_new = sys.argv[1:5]
+with LLM(engine, device=device) as llm:
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 1003, size=int(n)).tolist() for n in rng.integers(1, 40, size=8)]
+    greedy = SamplingParams(max_new_tokens=int(num_new), temperature=0.0, ignore_eos=True)
+    outputs = llm.generate(prompts, greedy)
+    sampled = llm.generate(
+        prompts[:3],
+        SamplingParams(max_new_tokens=9, temperature=1.0, seed=3, n=2, repetition_penalty=1.2),
+    )
+    np.savez(
+        out,
+        tokens=np.array([output.token_ids for output in outputs]),
+        sampled=np.array([c.token_ids for output in sampled for c in output.completions]),
+        logits=llm.logits([*prompts[0], *outputs[0].token_ids], num_prefill=len(prompts[0])),
+    )
+"""
+ENDLESS = """\
+import os, sys
+from puna import LLM, SamplingParams
+from puna.runtime.launch import find_world
+
+with open(f"{sys.argv[2]}.{find_world().rank}", "w") as file:
+    file.write(str(os.getpid()))
+with LLM(sys.argv[1]) as llm:
+    with open(f"{sys.argv[2]}.started", "w"):
+        pass
+    while True:
+        llm.generate([[1, 2, 3]] * 4, SamplingParams(max_new_tokens=99, ignore_eos=True))
+"""
+
+Engines = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """engines(tp=, pp=): an engine of the miniature in float32, made once; not to be changed."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def get(tp: int = 1, pp: int = 1) -> Path:
+        if (tp, pp) not in made:
+            checkpoint = DummyCheckpoint(parse_preset(SHAPE), seed=1)
+            config = BuildConfig(dtype="float32", tp_size=tp, pp_size=pp)
+            out = tmp_path_factory.mktemp("engines") / f"tp{tp}pp{pp}"
+            made[tp, pp] = build(checkpoint, out, config, materialize=True).path
+        return made[tp, pp]
+
+    return get
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "program.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def environment() -> dict[str, str]:
+    # Slots beyond this machine's cores, and root in CI's container.
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+
+
+def ran(
+    *argv: object, seconds: float = 120, prefix: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*prefix, *map(str, argv)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+
+
+def launch(num_ranks: int, *command: object, options: tuple[object, ...] = ()) -> list[object]:
+    return [sys.executable, "-m", "puna", "launch", "-n", num_ranks, *options, "--", *command]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    engines: Engines, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], dict[str, np.ndarray]]:
+    """What one rank computes, by device."""
+    made: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+
+    def get(device: str, num_new: int) -> dict[str, np.ndarray]:
+        if (device, num_new) not in made:
+            folder = tmp_path_factory.mktemp("expected")
+            (folder / "program.py").write_text(PROGRAM)
+            out = folder / "out.npz"
+            done = ran(sys.executable, folder / "program.py", engines(), out, device, num_new)
+            assert done.returncode == 0, done.stderr
+            made[device, num_new] = dict(np.load(out))
+        return made[device, num_new]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp"), [(2, 1), (4, 1), (8, 1), (16, 1), (1, 2), (1, 4), (2, 2)], ids=str
+)
+def test_the_same_tokens_as_one_rank(
+    tp: int, pp: int, engines: Engines, expected, script, tmp_path: Path
+) -> None:
+    """8 prompts in flight together; on the native backend 64 tokens each (16 ranks: 8 tokens)."""
+    num_new = 8 if tp == 16 else 64
+    path, out = script(PROGRAM), tmp_path / "out.npz"
+    done = ran(*launch(tp * pp, path, engines(tp, pp), out, "auto", num_new), seconds=400)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    check(dict(np.load(out)), expected("auto", num_new))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
+def test_the_reference_device(
+    tp: int, pp: int, engines: Engines, expected, script, tmp_path: Path
+) -> None:
+    path, out = script(PROGRAM), tmp_path / "out.npz"
+    done = ran(*launch(tp * pp, path, engines(tp, pp), out, "reference", 5), seconds=400)
+    assert done.returncode == 0, done.stderr
+    check(dict(np.load(out)), expected("reference", 5))
+
+
+def check(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    np.testing.assert_array_equal(found["tokens"], wanted["tokens"])
+    np.testing.assert_array_equal(found["sampled"], wanted["sampled"])
+    error = np.linalg.norm(found["logits"] - wanted["logits"]) / np.linalg.norm(wanted["logits"])
+    assert error < 1e-5, error
+
+
+LAUNCHERS = {
+    "puna launch": lambda n: [sys.executable, "-m", "puna", "launch", "-n", n, "--"],
+    "torchrun": lambda n: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n],
+    "open mpi": lambda n: ["mpirun.openmpi", "-n", n, sys.executable],
+    "mpich": lambda n: ["mpirun.mpich", "-n", n, sys.executable],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher(launcher: str, engines: Engines, expected, script, tmp_path: Path) -> None:
+    argv = LAUNCHERS[launcher](2)
+    if shutil.which(str(argv[0])) is None:
+        pytest.skip(f"needs {argv[0]}")
+    path, out = script(PROGRAM), tmp_path / "out.npz"
+    done = ran(*argv, path, engines(2), out, "auto", 8)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    check(dict(np.load(out)), expected("auto", 8))
+
+
+def test_srun_by_its_variables(engines: Engines, expected, script, tmp_path: Path) -> None:
+    """There is no Slurm here: two processes with the variables that it would set."""
+    path, out = script(PROGRAM), tmp_path / "out.npz"
+    processes = []
+    for rank in range(2):
+        variables = {
+            "SLURM_PROCID": rank,
+            "SLURM_LOCALID": rank,
+            "SLURM_STEP_NUM_TASKS": 2,
+            "SLURM_STEP_TASKS_PER_NODE": 2,
+            "SLURM_JOB_ID": os.getpid(),
+            "SLURM_STEP_ID": 0,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, path, engines(2), out, "auto", "8"],
+                env=environment() | {name: str(value) for name, value in variables.items()},
+            )
+        )
+    assert [process.wait(120) for process in processes] == [0, 0]
+    check(dict(np.load(out)), expected("auto", 8))
+
+
+def test_two_jobs_at_once(engines: Engines, expected, script, tmp_path: Path) -> None:
+    path, outs = script(PROGRAM), [tmp_path / f"{i}.npz" for i in range(2)]
+    jobs = [
+        subprocess.Popen(
+            list(map(str, launch(2, path, engines(2), out, "auto", 8))), cwd=ROOT, env=environment()
+        )
+        for out in outs
+    ]
+    assert [job.wait(200) for job in jobs] == [0, 0]
+    for out in outs:
+        check(dict(np.load(out)), expected("auto", 8))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_wrong_world_size_stops_every_rank(num_ranks: int, engines: Engines) -> None:
+    start = time.monotonic()
+    argv = launch(num_ranks, "run", engines(2), "--prompt", "x")
+    done = ran(*argv if num_ranks > 1 else [sys.executable, "-m", "puna", *argv[-4:]])
+    assert time.monotonic() - start < 5
+    assert (done.returncode, done.stdout) == (2, "")
+    expected = f"puna: Engine world size (2) != Runtime world size ({num_ranks}): start 2 ranks"
+    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_only_rank_0_prints(engines: Engines) -> None:
+    for command, message in (
+        (("run", engines(2), "--prompt", "x"), "the engine has no tokenizer"),
+        (("run", engines(2)), "the following arguments are required: --prompt"),
+        (("run", "nowhere", "--prompt", "x"), "nowhere does not exist"),
+    ):
+        done = ran(*launch(2, *command))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_engines_from_different_builds_are_refused(engines: Engines, tmp_path: Path) -> None:
+    other = build(
+        DummyCheckpoint(parse_preset(SHAPE), seed=2), tmp_path / "other", BuildConfig(tp_size=2)
+    ).path
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom puna.cli import main\nfrom puna.runtime.launch import find_world\n"
+        "sys.exit(main(['run', sys.argv[1 + find_world().rank], '--prompt', 'x']))\n"
+    )
+    done = ran(*launch(2, program, engines(2), other))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "rank 1 (host" in done.stderr and "from another build" in done.stderr
+
+
+def test_a_damaged_file_of_one_rank(engines: Engines, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(engines(2), tmp_path / "engine"))
+    with (damaged / "rank1.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    done = ran(*launch(2, "run", damaged, "--prompt", "x"))
+    assert done.returncode == 2, done.stderr
+    assert "puna: rank 1: " in done.stderr and "rank1.safetensors was changed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(params=["puna launch", "open mpi"])
+def endless(
+    request: pytest.FixtureRequest, engines: Engines, script, tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A job of four ranks in the middle of its work, and its processes."""
+    argv = LAUNCHERS[request.param](4)
+    if shutil.which(str(argv[0])) is None:
+        pytest.skip(f"needs {argv[0]}")
+    mark = tmp_path / "mark"
+    argv = [*map(str, argv), str(script(ENDLESS)), str(engines(2, 2)), str(mark)]
+    pipe = subprocess.PIPE
+    job = subprocess.Popen(argv, cwd=ROOT, env=environment(), stderr=pipe, stdout=pipe, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not Path(f"{mark}.started").exists():
+            assert job.poll() is None and time.monotonic() < deadline, "it did not start"
+            time.sleep(0.05)
+        time.sleep(0.5)
+        yield job, [int(Path(f"{mark}.{rank}").read_text()) for rank in range(4)]
+    finally:
+        job.kill()
+        job.wait()
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank_ends_all(victim: int, endless) -> None:
+    job, pids = endless
+    os.kill(pids[victim], signal.SIGKILL)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode != 0
+    assert f"rank {victim} " in err and "Traceback" not in err, err
+    gone(pids)
+
+
+def test_a_killed_launcher_leaves_no_orphans(endless) -> None:
+    job, pids = endless
+    job.kill()
+    gone(pids)
+
+
+def test_an_interrupt_ends_all(endless) -> None:
+    job, pids = endless
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode != 0
+    gone(pids)
+
+
+def gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.1)
+
+
+def test_json_and_bench_over_ranks(engines: Engines) -> None:
+    argv = launch(
+        2, "bench", "latency", engines(2), "--isl", 8, "--osl", 4, "--rounds", 1, "--json"
+    )
+    done = ran(*argv)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["osl"] == 4
