@@ -174,7 +174,10 @@ class TokenLogprob(NamedTuple):
 
 
 class Request:
-    """One prompt and the sequences that continue it, `n` or one a beam. `params` is resolved, `seed` is drawn."""
+    """One prompt and the sequences that continue it, `n` or one a beam.
+
+    `params` is resolved, `seed` is drawn.
+    """
 
     __slots__ = (
         "id",

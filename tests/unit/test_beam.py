@@ -119,7 +119,8 @@ def test_random_worlds(chunk: int):
                 try:
                     requests.append(executor.add_request(prompt, params))
                 except RequestError as error:
-                    assert "do not fit the KV cache" in str(error)
+                    if "do not fit the KV cache" not in str(error):
+                        raise
             if requests and rng.random() < 0.02:
                 request = rng.choice(requests)
                 executor.abort_sequence(rng.choice(request.sequences))
