@@ -28,7 +28,7 @@ class Job:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request = request
-        self.parts = [Part(tokenizer, request.params) for _ in request.sequences]
+        self.parts = [Part(tokenizer, request.params) for _ in range(request.params.n)]
         self.deltas: deque[Delta] | None = None  # filled for a stream only
         self.prompt_logits: list[Array] = []  # of consecutive positions
         self.num_unfinished = len(self.parts)
@@ -77,12 +77,14 @@ class Part:
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._score: float | None = None
         self.finish_reason: FinishReason | None = None
 
     def take(self, event: SequenceEvent) -> str:
         """Add what a step brought; return the text that can be shown now."""
         reason = event.finish_reason
         self._token_ids += event.token_ids
+        self._score = event.score
         if self._logprobs is not None:
             self._logprobs += event.logprobs
         text = ""
@@ -104,6 +106,7 @@ class Part:
             token_ids=tuple(self._token_ids),
             finish_reason=self.finish_reason or "abort",
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            score=self._score,
         )
 
 

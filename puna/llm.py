@@ -212,6 +212,11 @@ class LLM:
         """Check what can be checked now; the request itself starts with the first `next`."""
         if params.n != 1:
             raise RequestError(f"n is {params.n}; streaming takes 1 (generate takes any)")
+        if params.num_beams != 1:
+            raise RequestError(
+                f"num_beams is {params.num_beams}; the best beam is known at the end only, so it "
+                "cannot be streamed: use generate, or one beam"
+            )
         self._check_stop(params)
         self._open_executor()
         return self._deltas(prompt, params)

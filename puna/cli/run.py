@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ Continue a prompt.
   puna run engine --prompt "Once upon a time" --max-new-tokens 100 --stream
   puna run engine --prompt "Dear" --temperature 0.8 --top-p 0.95 --seed 1
   puna run engine --prompt "2, 3, 5, 7," --temperature 0 --json
+  puna run engine --prompt "Dear" --num-beams 4
 
 Sampling options that are left out are the engine's defaults, which the checkpoint gave; without any
 it is greedy (temperature 0).
@@ -42,6 +44,7 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     add("--stream", action="store_true", help="print text as it comes")
     add("--json", action="store_true", help="one JSON object")
     add_sampling(parser)
+    add_beams(parser)
     add_engine_options(parser)
     parser.set_defaults(handler=run)
 
@@ -61,6 +64,28 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="the same seed samples the same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+
+
+def add_beams(parser: argparse.ArgumentParser) -> None:
+    """Arguments of SamplingParams for beam search."""
+    group = parser.add_argument_group("beam search")
+    add = group.add_argument
+    add("--num-beams", type=int, default=1, metavar="N", help="beams to follow; default: 1, none")
+    add(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="scores are sums of logprobs / length ** X; default: %(default)s",
+    )
+    add(
+        "--early-stopping",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=["never"],
+        help="end with N finished beams; never: only when no beam can become better",
+    )
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -145,7 +170,17 @@ def _template(text_or_file: str | None) -> str | None:
 def run(args: argparse.Namespace) -> int:
     if args.stream and args.json:
         raise RequestError("--stream and --json exclude each other: choose one")
-    params, prompt = sampling_params(args), _prompt(args.prompt)
+    if args.stream and args.num_beams > 1:
+        raise RequestError(
+            "--stream and --num-beams exclude each other: the best beam is known at the end only"
+        )
+    params = replace(
+        sampling_params(args),
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+        early_stopping=args.early_stopping,
+    )
+    prompt = _prompt(args.prompt)
     with open_llm(args) as llm:
         if args.stream:
             show_stream(llm.stream(prompt, params))
@@ -172,6 +207,7 @@ def _prompt(text: str) -> str:
 
 
 def _as_json(output: RequestOutput, seconds: float) -> dict[str, Any]:
+    score = {} if output.score is None else {"score": output.score}
     return {
         "text": output.text,
         "token_ids": list(output.token_ids),
@@ -179,6 +215,7 @@ def _as_json(output: RequestOutput, seconds: float) -> dict[str, Any]:
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": len(output.token_ids),
         "seconds": round(seconds, 6),
+        **score,
     }
 
 

@@ -48,6 +48,7 @@ class SamplingBatch:
     stream_L: Array  # uint32
     position_L: Array  # uint32, of the token to be sampled
     num_logprobs_L: Array  # int32
+    is_beam_L: Array  # bool; the logprobs of a beam are taken after its repetition penalty
     seen_rows_C: Array  # int32
     seen_ids_C: Array  # int32
     seen_counts_C: Array  # int32
@@ -59,7 +60,8 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """One token a row. Logprobs are of the raw logits, before penalties and temperature.
+    """One token a row. Logprobs are of the raw logits, before penalties and temperature; those of a
+    beam are then penalised for repetition, as transformers does it.
 
     `logprobs_L` is NaN in rows that did not ask. `top_ids_LK` are the most likely tokens, best
     first; a row that asked for fewer than K has as many as it asked for, then -1.
@@ -90,18 +92,21 @@ def sample(logits_LV: Array, batch: SamplingBatch) -> SampleResult:
             min_p=float(batch.min_p_L[row]),
             key=(int(batch.seed_L[row]), int(batch.stream_L[row]), int(batch.position_L[row])),
         )
-    return _with_logprobs(token_ids_L, logits_LV, batch.num_logprobs_L)
+    return _with_logprobs(token_ids_L, logits_LV, batch)
 
 
 def _apply_penalties(logits_LV: Array, batch: SamplingBatch) -> None:
     """Repetition over prompt and generated tokens; presence and frequency over generated ones."""
     rows, ids, counts = batch.seen_rows_C, batch.seen_ids_C, batch.seen_counts_C
-    x = logits_LV[rows, ids]
-    repetition = batch.repetition_L[rows]
-    x = np.where(x > 0, x / repetition, x * repetition)
+    x = _less_repeated(logits_LV[rows, ids], batch.repetition_L[rows])
     x -= batch.frequency_L[rows] * counts
     x -= batch.presence_L[rows] * (counts > 0)
     logits_LV[rows, ids] = x
+
+
+def _less_repeated(x: Array, penalty: Array) -> Array:
+    """The repetition penalty of CTRL (Keskar et al., 2019), on logits or log-probabilities."""
+    return np.where(x > 0, x / penalty, x * penalty)
 
 
 def _draw(
@@ -191,9 +196,9 @@ def log_softmax(logits_LV: Array) -> Array:
     return (shifted - np.log(total)).astype(np.float32)
 
 
-def _with_logprobs(token_ids_L: Array, logits_LV: Array, num_logprobs_L: Array) -> SampleResult:
+def _with_logprobs(token_ids_L: Array, logits_LV: Array, batch: SamplingBatch) -> SampleResult:
     num_rows, vocab_size = logits_LV.shape
-    wanted = num_logprobs_L.tolist()
+    wanted = batch.num_logprobs_L.tolist()
     num_top = min(max(0, 0, *wanted), vocab_size)
     logprobs_L = np.full(num_rows, np.nan, np.float32)
     top_ids_LK = np.full((num_rows, num_top), -1, np.int32)
@@ -202,6 +207,9 @@ def _with_logprobs(token_ids_L: Array, logits_LV: Array, num_logprobs_L: Array) 
         if num_wanted < 0:
             continue
         logprobs_V = log_softmax(logits_LV[row : row + 1])[0]
+        if batch.is_beam_L[row] and len(batch.seen_rows_C):
+            ids = batch.seen_ids_C[batch.seen_rows_C == row]
+            logprobs_V[ids] = _less_repeated(logprobs_V[ids], batch.repetition_L[row])
         logprobs_L[row] = logprobs_V[token_ids_L[row]]
         k = min(num_wanted, vocab_size)
         if k:

@@ -17,8 +17,8 @@ import numpy as np
 from puna.batch import ForwardBatch
 from puna.ops.sampling import SampleResult, SamplingBatch
 from puna.quant import Array
-from puna.runtime.request import SamplingParams, TokenLogprob
-from puna.runtime.step import Join, PromptLogits, StepPlan, StepResult
+from puna.runtime.request import TokenLogprob
+from puna.runtime.step import Branch, Join, PromptLogits, StepPlan, StepResult
 
 
 def _constant(array: Array) -> Array:
@@ -38,6 +38,7 @@ _PARAMS = np.dtype(
         ("seed", np.uint64),
         ("stream", np.uint32),
         ("num_logprobs", np.int32),
+        ("is_beam", np.bool_),
     ]
 )
 _ONE = np.int32(1)
@@ -110,6 +111,8 @@ class Lowering:
             self._leave(plan.left)
         for join in plan.joined:
             self._join(join)
+        if plan.branches:
+            self._branch(plan.branches)
         for seq_id, block_ids in plan.new_blocks:
             self._append_blocks(self._row_of[seq_id], block_ids)
         return self._lower(plan) if plan.prefills else self._lower_decode(plan)
@@ -136,7 +139,8 @@ class Lowering:
         self._last_token_R[step.rows] = token_ids
         if self._seen:
             for row, token_id in zip(step.rows.tolist(), token_ids, strict=True):
-                if row in self._seen:
+                # A beam takes its token from the next plan.
+                if row in self._seen and not self._params_R["is_beam"][row]:
                     seen = self._seen[row]
                     seen[token_id] = seen.get(token_id, 0) + 1
 
@@ -162,7 +166,7 @@ class Lowering:
         self._num_blocks_R[row] = 0
         self._is_decoding_R[row] = False
         self._append_blocks(row, join.block_ids)
-        self._params_R[row] = _params_row(join.params, join.seed, join.stream)
+        self._params_R[row] = _params_row(join)
         self._known_tokens[row] = np.array(join.token_ids, np.int32)
         if join.want_prompt_logits:
             self._prompt_logits.add(row)
@@ -171,6 +175,29 @@ class Lowering:
             for token_id in join.token_ids[join.num_prompt :]:
                 seen[token_id] += 1
             self._seen[row] = seen
+
+    def _branch(self, branches: tuple[Branch, ...]) -> None:
+        """Let beams continue others, or themselves: whatever is read is read before it is written.
+
+        What a table holds after the shared blocks is overwritten by new blocks of the same plan.
+        """
+        rows = [self._row_of[branch.seq_id] for branch in branches]
+        parents = [self._row_of[branch.parent_id] for branch in branches]
+        if not self._is_decoding_R[rows].all():
+            self._decoding = None
+            self._is_decoding_R[rows] = True
+        self._block_table_RM[rows] = self._block_table_RM[parents]
+        self._num_blocks_R[rows] = [branch.num_blocks for branch in branches]
+        self._num_computed_R[rows] = self._num_computed_R[parents]
+        self._num_known_R[rows] = self._num_known_R[parents]
+        self._last_token_R[rows] = [branch.token_id for branch in branches]
+        seen_by = {row: self._seen[row] for row in parents if row in self._seen}
+        for row, parent, branch in zip(rows, parents, branches, strict=True):
+            self._known_tokens.pop(row, None)
+            if parent in seen_by:
+                seen = dict(seen_by[parent])
+                seen[branch.token_id] = seen.get(branch.token_id, 0) + 1
+                self._seen[row] = seen
 
     def _append_blocks(self, row: int, block_ids: tuple[int, ...]) -> None:
         start = int(self._num_blocks_R[row])
@@ -315,6 +342,7 @@ class Lowering:
             stream_L=params["stream"],
             position_L=positions.astype(np.uint32),
             num_logprobs_L=params["num_logprobs"],
+            is_beam_L=params["is_beam"],
             seen_rows_C=seen_rows,
             seen_ids_C=seen_ids,
             seen_counts_C=seen_counts,
@@ -341,7 +369,9 @@ def _copies(plan: StepPlan) -> Array:
     return np.array(plan.copies, np.int32).reshape(-1, 2) if plan.copies else _NO_COPIES
 
 
-def _params_row(params: SamplingParams, seed: int, stream: int) -> tuple:
+def _params_row(join: Join) -> tuple:
+    params = join.params
+    num_logprobs = -1 if params.logprobs is None else params.logprobs
     return (
         params.temperature,
         params.top_k,
@@ -350,9 +380,10 @@ def _params_row(params: SamplingParams, seed: int, stream: int) -> tuple:
         params.repetition_penalty,
         params.presence_penalty,
         params.frequency_penalty,
-        seed,
-        stream,
-        -1 if params.logprobs is None else params.logprobs,
+        join.seed,
+        join.stream,
+        join.num_candidates or num_logprobs,
+        bool(join.num_candidates),
     )
 
 

@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from puna.errors import RequestError
 from puna.spec import GenerationDefaults
 
+if TYPE_CHECKING:
+    from puna.runtime.beam import Beams
+
 FinishReason = Literal["stop", "length", "abort"]
 Status = Literal["waiting", "running", "finished"]
+
+# What beam search does not take, and the value that means nothing to it.
+_WITHOUT_BEAMS = (
+    ("temperature", 0.0),
+    ("top_k", 0),
+    ("top_p", 1.0),
+    ("min_p", 0.0),
+    ("presence_penalty", 0.0),
+    ("frequency_penalty", 0.0),
+    ("stop", ()),
+    ("logprobs", None),
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,11 @@ class SamplingParams:
     filter off. `logprobs`: None for no logprobs, else how many alternatives beside the chosen
     token. `n`: how many independent continuations. `ignore_eos` leaves `stop` and `stop_token_ids`
     in force.
+
+    `num_beams` above 1 is beam search, for the `n` best continuations it finds, best first. A
+    finished one scores the sum of its log-probabilities / length ** `length_penalty`.
+    `early_stopping` True ends the search with `num_beams` finished ones; False when the best beam,
+    at its present length, scores less than each of them; "never" when it would at any length.
 
     >>> SamplingParams(stop="END").stop
     ('END',)
@@ -45,6 +65,9 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     ignore_eos: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         # A lone string and lists are what users write; the frozen form is a tuple.
@@ -79,6 +102,35 @@ class SamplingParams:
             _check_int("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, 2**31 - 1)
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        _check_int("num_beams", self.num_beams, 1)
+        _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'"
+            )
+        if self.num_beams == 1:
+            for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != neutral:
+                    raise RequestError(
+                        f"{name} is {getattr(self, name)!r} without beams: leave it out, or ask "
+                        "for num_beams of at least 2"
+                    )
+            return
+        if self.n > self.num_beams:
+            raise RequestError(
+                f"n is {self.n} and num_beams {self.num_beams}; beam search returns at most one "
+                "continuation a beam: lower n or raise num_beams"
+            )
+        for name, neutral in _WITHOUT_BEAMS:
+            value = getattr(self, name)
+            if value is not None and value != neutral:
+                raise RequestError(
+                    f"{name} is {value!r} and num_beams {self.num_beams}; beam search does not "
+                    f"take it: leave {name} or num_beams out"
+                )
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
         """Return a copy in which no sampling field is None.
@@ -86,6 +138,8 @@ class SamplingParams:
         >>> SamplingParams(top_k=5).resolve(GenerationDefaults(temperature=0.6)).temperature
         0.6
         """
+        if self.num_beams > 1:  # the engine's defaults for sampling are not for beams
+            defaults = GenerationDefaults(repetition_penalty=defaults.repetition_penalty)
         return replace(
             self,
             temperature=_first(self.temperature, defaults.temperature, 0.0),
@@ -94,6 +148,11 @@ class SamplingParams:
             min_p=_first(self.min_p, defaults.min_p, 0.0),
             repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
         )
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences of a request are computed side by side."""
+        return max(self.n, self.num_beams)
 
     @property
     def has_penalties(self) -> bool:
@@ -115,7 +174,10 @@ class TokenLogprob(NamedTuple):
 
 
 class Request:
-    """One prompt and the `n` sequences that continue it. `params` is resolved, `seed` is drawn."""
+    """One prompt and the sequences that continue it, `n` or one a beam.
+
+    `params` is resolved, `seed` is drawn.
+    """
 
     __slots__ = (
         "id",
@@ -159,10 +221,12 @@ class Sequence:
 
     The scheduler's whole task is to let `num_computed` catch up with `len(token_ids)`. Once it has,
     `is_decoding` holds and the sequence gains one token a step. `followers` are the sequences of
-    the same request that wait for this one to compute their common prompt.
+    the same request that wait for this one to compute their common prompt. `beams` are those it is
+    one of, if any.
     """
 
     __slots__ = (
+        "beams",
         "block_ids",
         "finish_reason",
         "followers",
@@ -188,6 +252,7 @@ class Sequence:
         self.status: Status = "waiting"
         self.finish_reason: FinishReason | None = None
         self.followers: list[Sequence] = []
+        self.beams: Beams | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -221,21 +286,27 @@ class SequenceEvent(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     prompt_logits: tuple[int, object] | None = None  # first position, float32 [positions, V]
+    score: float | None = None  # of a finished beam
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished continuation. `token_ids` include the token that ended it; `text` does not."""
+    """One finished continuation. `token_ids` include the token that ended it; `text` does not.
+
+    `score`, of beam search alone: the sum of logprobs / number of tokens ** length_penalty.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """All continuations of one prompt; `text` and its neighbours are those of the first."""
+    """All continuations of one prompt, of beams the best first; `text` and its neighbours are those
+    of the first."""
 
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
@@ -255,6 +326,10 @@ class RequestOutput:
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         return self.completions[0].logprobs
+
+    @property
+    def score(self) -> float | None:
+        return self.completions[0].score
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections import deque
 from itertools import count
 
 from puna.errors import ConfigError, RequestError
+from puna.runtime.beam import Beams
 from puna.runtime.block_pool import NULL_BLOCK, BlockPool
 from puna.runtime.request import Request, Sequence, SequenceEvent, TokenLogprob
-from puna.runtime.step import Join, StepPlan, StepResult
+from puna.runtime.step import Branch, Join, StepPlan, StepResult
 
 
 class Scheduler:
@@ -22,7 +23,8 @@ class Scheduler:
     A step computes at most `max_num_tokens` tokens of at most `max_batch_size` sequences, and at
     most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only
     decode can run out of blocks; then the sequence that joined last is preempted: it gives up its
-    blocks and waits, first in line, to compute its tokens again.
+    blocks and waits, first in line, to compute its tokens again. The beams of a request join, wait
+    and leave together, and the first stands for all in the queue.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
         self.num_preemptions = 0
+        self._branching: list[Beams] = []  # chosen by the last step, without their blocks yet
         self._left: list[int] = []  # since the last plan
         self._reset = False
         self._seq_ids = count()
@@ -66,11 +69,31 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError if it could never be served."""
         request.max_new_tokens = self._room(request)
-        params = request.params
-        leader, *others = (Sequence(next(self._seq_ids), request, i) for i in range(params.n))
-        leader.followers = others
-        request.sequences = [leader, *others]
-        self.waiting.append(leader)
+        num_sequences = request.params.num_sequences
+        sequences = [Sequence(next(self._seq_ids), request, i) for i in range(num_sequences)]
+        request.sequences = sequences
+        if request.params.num_beams > 1:
+            beams = Beams(request, sequences)
+            self._check_beams(beams)
+            for seq in sequences:
+                seq.beams = beams
+        else:
+            sequences[0].followers = sequences[1:]
+        self.waiting.append(sequences[0])
+
+    def _check_beams(self, beams: Beams) -> None:
+        num_beams, num_candidates = beams.search.num_beams, beams.search.num_candidates
+        if num_beams > self.max_batch_size:
+            raise RequestError(
+                f"num_beams is {num_beams}; the engine computes at most {self.max_batch_size} "
+                "sequences at once: ask for fewer, or build with a larger --max-batch-size"
+            )
+        if num_candidates > self.vocab_size:
+            raise RequestError(
+                f"{num_beams} beams with {len(beams.search.end_token_ids)} end tokens need "
+                f"{num_candidates} candidates, and the vocabulary has {self.vocab_size}: ask for "
+                "fewer beams"
+            )
 
     def _room(self, request: Request) -> int:
         """Return how many new tokens the request gets, or raise."""
@@ -92,10 +115,11 @@ class Scheduler:
             raise RequestError(
                 f"the prompt has token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}"
             )
-        wanted, capacity = (
-            request.params.max_new_tokens,
-            self.pool.num_usable * self.pool.block_size,
-        )
+        wanted, num_beams = request.params.max_new_tokens, request.params.num_beams
+        # Beams that part at once have the full blocks of the prompt in common, and no others.
+        num_shared = num_prompt // self.pool.block_size if num_beams > 1 else 0
+        num_own = (self.pool.num_usable - num_shared) // num_beams
+        capacity = (num_shared + num_own) * self.pool.block_size
         room = 0
         if not request.want_prompt_logits:
             room = self.max_seq_len - num_prompt
@@ -109,13 +133,18 @@ class Scheduler:
         if num_prompt + max(room - 1, 0) > capacity:
             raise RequestError(
                 f"{num_prompt} prompt tokens and {room} new ones do not fit the KV cache of "
-                f"{capacity} tokens; ask for fewer tokens or give the KV cache more memory"
+                f"{capacity} tokens{f' for each of {num_beams} beams' if num_beams > 1 else ''}; "
+                "ask for fewer tokens or give the KV cache more memory"
             )
         return room
 
     def abort(self, seq: Sequence) -> None:
-        """End a sequence that the caller no longer wants; between steps only."""
+        """End a sequence that the caller no longer wants, and the beams it is one of; between
+        steps only."""
         if seq.status == "finished":
+            return
+        if seq.beams is not None:
+            self._abort_beams(seq.beams)
             return
         leader = seq.request.sequences[0]
         if seq in leader.followers:
@@ -129,16 +158,28 @@ class Scheduler:
         self._queue_first(seq.followers)
         seq.followers = []
 
+    def _abort_beams(self, beams: Beams) -> None:
+        if beams.sequences[0].status == "waiting":
+            self.waiting.remove(beams.sequences[0])
+        else:
+            self.running = [seq for seq in self.running if seq.beams is not beams]
+            for seq in beams.sequences:
+                self._release(seq)
+        beams.parents = []
+        for seq in beams.sequences:
+            seq.status, seq.finish_reason = "finished", "abort"
+
     def reset(self) -> None:
         """End everything, prefix cache included: a step broke off, so nothing can be trusted. All
         schedulers of a pool are reset together."""
         self.pool.clear()
         for seq in (*self.waiting, *self.running):
-            for ended in (seq, *seq.followers):
+            for ended in (*_all_beams(seq), *seq.followers):
                 ended.status, ended.finish_reason = "finished", "abort"
                 ended.block_ids, ended.followers = [], []
         self.waiting.clear()
         self.running.clear()
+        self._branching.clear()
         self._left.clear()
         self._reset = True
 
@@ -147,7 +188,13 @@ class Scheduler:
         if self.is_idle:
             return None
         num_preemptions = self.num_preemptions
+        branches, sources = self._branch() if self._branching else ((), {})
         new_blocks = self._grow()
+        copies: list[tuple[int, int]] = []
+        if branches:  # those that still run: `_grow` may have preempted some
+            new_of = dict(new_blocks)
+            copies += [(block, new_of[id][0]) for id, block in sources.items() if id in new_of]
+            branches = tuple(branch for branch in branches if branch.seq_id not in self._left)
         decoding = sum(seq.is_decoding for seq in self.running)
         budget = self.max_num_tokens - decoding
 
@@ -155,28 +202,31 @@ class Scheduler:
         if decoding < len(self.running):
             for seq in self.running:
                 if not seq.is_decoding and budget:
-                    num_tokens = self._chunk(seq, budget)
-                    prefills.append((seq.id, num_tokens))
-                    budget -= num_tokens
+                    for part, num_tokens in self._chunks(seq, budget):
+                        prefills.append((part.id, num_tokens))
+                        budget -= num_tokens
 
         joined: list[Join] = []
-        copies: list[tuple[int, int]] = []
         # After a preemption, blocks are for those that still run.
         may_join = num_preemptions == self.num_preemptions
         # Each running sequence may still grow by a block before a new one makes anybody give way.
         reserve = sum(map(self._can_grow, self.running)) if self.waiting else 0
         while may_join and budget and self.waiting and len(self.running) < self.max_batch_size:
             seq = self.waiting[0]
+            joining = _all_beams(seq)
+            if len(self.running) + len(joining) > self.max_batch_size:
+                break
             if not self._place(seq, copies, reserve):
                 break
-            reserve += self._can_grow(seq)
             self.waiting.popleft()
-            self.running.append(seq)
-            seq.status = "running"
-            joined.append(_join(seq))
-            num_tokens = self._chunk(seq, budget)
-            prefills.append((seq.id, num_tokens))
-            budget -= num_tokens
+            for part in joining:
+                reserve += self._can_grow(part)
+                self.running.append(part)
+                part.status = "running"
+                joined.append(_join(part))
+            for part, num_tokens in self._chunks(seq, budget):
+                prefills.append((part.id, num_tokens))
+                budget -= num_tokens
 
         if not (prefills or decoding):
             return None  # schedulers that share the pool hold the blocks
@@ -184,6 +234,7 @@ class Scheduler:
             reset=self._reset,
             left=tuple(self._left),
             joined=tuple(joined),
+            branches=tuple(branches),
             new_blocks=tuple(new_blocks),
             prefills=tuple(prefills),
             copies=tuple(copies),
@@ -193,7 +244,8 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceEvent]:
-        """Book what the step computed; return what it brought, in the order of joining."""
+        """Book what the step computed; return what it brought, in the order of joining, and then
+        what finished beams found."""
         events: list[SequenceEvent] = []
         chunks = dict(plan.prefills)
         tokens = iter(result.token_ids)
@@ -218,13 +270,23 @@ class Scheduler:
                 seq.is_decoding = True
                 ready += seq.followers
                 seq.followers = []
-            added = seq.append(next(tokens))
+            token_id = next(tokens)
             logprob: TokenLogprob | None = next(logprobs, None)
+            if seq.beams is not None:
+                assert logprob is not None, "a beam without candidates"
+                if not seq.beams.candidates:
+                    self._branching.append(seq.beams)
+                seq.beams.candidates.append(logprob)
+                continue
+            added = seq.append(token_id)
             details = () if logprob is None else (logprob,)
             events.append(SequenceEvent(seq, added, details, seq.finish_reason, logits))
             has_finished = has_finished or seq.finish_reason is not None
         assert next(tokens, None) is None, "more tokens than sequences that sampled"
         self._queue_first(ready)
+        for beams in self._branching:
+            events += beams.advance()
+            has_finished = has_finished or beams.search.is_done
 
         if has_finished:
             for seq in self.running:
@@ -244,10 +306,31 @@ class Scheduler:
         assert all(not seq.block_ids for seq in self.waiting), "a waiting sequence holds blocks"
         return [seq.block_ids for seq in self.running]
 
+    def _branch(self) -> tuple[tuple[Branch, ...], dict[int, int]]:
+        """Give beams the blocks of those they continue; see `Beams.branch`."""
+        branches: list[Branch] = []
+        sources: dict[int, int] = {}
+        for beams in self._branching:
+            if beams.parents:  # neither finished nor aborted since
+                more_branches, more_sources = beams.branch(self.pool)
+                branches += more_branches
+                sources |= more_sources
+        self._branching.clear()
+        return tuple(branches), sources
+
     def _grow(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Give a block to each sequence whose blocks are full, preempting where there is none."""
+        """Give a block to each sequence whose blocks are full, preempting where there is none.
+
+        So too to a beam that lacks its last block (`Beams.branch`), but not to one that waits for
+        the first to compute the prompt.
+        """
         block_size = self.pool.block_size
-        full = [s for s in self.running if s.num_computed == len(s.block_ids) * block_size]
+        full = [
+            s
+            for s in self.running
+            if s.num_computed >= len(s.block_ids) * block_size and s.is_decoding
+        ]
+        num_preemptions = self.num_preemptions
         grown: list[tuple[int, tuple[int, ...]]] = []
         for seq in full:
             while seq.status == "running":
@@ -255,16 +338,23 @@ class Scheduler:
                     seq.block_ids += new
                     grown.append((seq.id, tuple(new)))
                     break
-                # `full` is in the order of joining, so the victim has not been given a block.
-                self._preempt(self.running.pop())
+                self._preempt_last()
+        if num_preemptions != self.num_preemptions:
+            # `full` is in the order of joining: the victims have been given no block, unless they
+            # were beams, of which one found none.
+            grown = [(seq_id, new) for seq_id, new in grown if seq_id not in self._left]
         return grown
 
-    def _preempt(self, seq: Sequence) -> None:
-        self._release(seq)
-        seq.num_computed = 0
-        seq.is_decoding = False
-        seq.status = "waiting"
-        self.waiting.appendleft(seq)
+    def _preempt_last(self) -> None:
+        """Let the sequence that joined last, and the beams it is one of, wait."""
+        parts = _all_beams(self.running[-1])
+        for seq in parts:
+            self._release(seq)
+            seq.num_computed = 0
+            seq.is_decoding = False
+            seq.status = "waiting"
+        del self.running[-len(parts) :]  # beams join side by side
+        self.waiting.appendleft(parts[0])
         self.num_preemptions += 1
 
     def _release(self, seq: Sequence) -> None:
@@ -272,11 +362,14 @@ class Scheduler:
         seq.block_ids = []
         self._left.append(seq.id)
 
-    def _chunk(self, seq: Sequence, budget: int) -> int:
+    def _chunks(self, seq: Sequence, budget: int) -> list[tuple[Sequence, int]]:
+        """What a sequence that is not decoding computes next; of beams, the first asks for all."""
+        if seq.beams is not None:
+            return [] if seq.index else seq.beams.chunks(budget, self.max_chunk)
         num_tokens = min(len(seq.token_ids) - seq.num_computed, self.max_chunk, budget)
         if seq.request.want_prompt_logits:
             num_tokens = min(num_tokens, max(1, seq.request.num_prefill - seq.num_computed))
-        return num_tokens
+        return [(seq, num_tokens)]
 
     def _can_grow(self, seq: Sequence) -> bool:
         """Whether the sequence, at full length, needs more blocks than it has."""
@@ -284,6 +377,8 @@ class Scheduler:
 
     def _place(self, seq: Sequence, copies: list[tuple[int, int]], reserve: int) -> bool:
         """Find blocks for all tokens that `seq` knows; at least one is left to compute."""
+        if seq.beams is not None:
+            return seq.beams.place(self.pool, reserve)
         pool, num_known = self.pool, len(seq.token_ids)
         shared, source = self._shared_prompt(seq)
         if source is None and not seq.request.want_prompt_logits:
@@ -329,6 +424,11 @@ class Scheduler:
         self.waiting.extendleft(reversed(followers))
 
 
+def _all_beams(seq: Sequence) -> list[Sequence]:
+    """The beams that a sequence is one of, else itself alone."""
+    return [seq] if seq.beams is None else seq.beams.sequences
+
+
 def _join(seq: Sequence) -> Join:
     request = seq.request
     return Join(
@@ -341,4 +441,5 @@ def _join(seq: Sequence) -> Join:
         seed=request.seed,
         stream=seq.index,
         want_prompt_logits=request.want_prompt_logits,
+        num_candidates=0 if seq.beams is None else seq.beams.search.num_candidates,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from puna.runtime.request import SamplingParams, TokenLogprob
-from puna.runtime.step import Join, PromptLogits, StepPlan, StepResult
+from puna.runtime.step import Branch, Join, PromptLogits, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ _TYPES = MappingProxyType(
             Order,
             StepPlan,
             Join,
+            Branch,
             StepResult,
             PromptLogits,
             SamplingParams,

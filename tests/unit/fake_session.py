@@ -183,6 +183,7 @@ def sampling_batch(rows: Sequence[tuple[SamplingParams, int, int, list[int], int
         num_logprobs_L=np.array(
             [-1 if params.logprobs is None else params.logprobs for params, *_ in rows], np.int32
         ),
+        is_beam_L=np.zeros(len(rows), bool),
         seen_rows_C=np.array([s[0] for s in seen], np.int32),
         seen_ids_C=np.array([s[1] for s in seen], np.int32),
         seen_counts_C=np.array([s[2] for s in seen], np.int32),

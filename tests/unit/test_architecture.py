@@ -31,7 +31,13 @@ RUN = [
     ("runtime.session",),
     ("runtime.load",),
     ("runtime.lower", "models"),
-    ("runtime.scheduler", "runtime.block_pool", "runtime.step", "runtime.request"),
+    (
+        "runtime.scheduler",
+        "runtime.beam",
+        "runtime.block_pool",
+        "runtime.step",
+        "runtime.request",
+    ),
     ("cpu",),
     ("ops",),
 ]
@@ -54,7 +60,7 @@ BUILD_ONLY = ("builder", "plan", "checkpoint", "output")
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")
 WITHOUT_NUMPY += tuple(
-    f"runtime.{name}" for name in ("request", "block_pool", "scheduler", "step", "executor")
+    f"runtime.{name}" for name in ("request", "block_pool", "beam", "scheduler", "step", "executor")
 )
 MUTABLE_CALLS = ("dict", "list", "set", "bytearray", "defaultdict", "OrderedDict", "Counter")
 MUTABLE_CALLS += ("deque", "count", "Lock", "array", "empty", "zeros", "ones")
