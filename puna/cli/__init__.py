@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
-from puna.cli import bench, build, chat, inspect, quickstart, run
+from puna.cli import bench, build, chat, inspect, quickstart, run, summarize
 from puna.errors import PunaError
 
 DESCRIPTION = """\
@@ -24,6 +25,7 @@ puna builds engines for LLaMA-family models and runs them.
   puna build CHECKPOINT -o ENGINE          Hugging Face, Meta or GGUF weights to an engine
   puna run ENGINE --prompt "Once upon"     text from the engine
   puna chat ENGINE                         a conversation with it
+  puna summarize ENGINE                    ROUGE of its summaries of news articles
 
 A checkpoint is a directory with published weights, a .gguf file, or a hub id (org/name). An
 engine is the directory that puna builds from it, laid out for one target: copy it, inspect it,
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     _print_anything()
     parser = _parser()
-    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(arguments)
+    args.command_line = shlex.join(["puna", *arguments])
     if args.command is None:
         parser.print_help()
         return 0
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show puna's version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (quickstart, build, inspect, run, chat, bench):
+    for module in (quickstart, build, inspect, run, chat, bench, summarize):
         module.add_commands(commands, debug)
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def _add_latency(benches: Any, parent: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     add_device_options(parser)
     add("--kv-cache-bytes", type=int, metavar="N", help="default: what the engine planned")
+    add("--record", action="store_true", help="keep the figures in ENGINE.report.json")
     add("--json", action="store_true", help="one JSON object")
     parser.set_defaults(handler=latency)
 
@@ -68,7 +70,8 @@ def latency(args: argparse.Namespace) -> int:
     from puna.llm import LLM
 
     run = LatencyRun(batch=args.batch, isl=args.isl, osl=args.osl, rounds=args.rounds)
-    check_run(run, read_config(Path(args.engine)))
+    config = read_config(Path(args.engine))
+    check_run(run, config)
     with byte_bar("loading") as progress:
         llm = LLM(
             args.engine,
@@ -81,10 +84,16 @@ def latency(args: argparse.Namespace) -> int:
     print_notice(llm)
     with llm, token_bar("measuring") as progress:
         result = measure_latency(llm, run, progress)
+    figures = {name: _rounded(value) for name, value in asdict(result).items()}
     if args.json:
-        print(json.dumps({name: _rounded(value) for name, value in asdict(result).items()}))
+        print(json.dumps(figures))
     else:
         _print_latency(result)
+    if args.record:
+        from puna.report import append_record, new_record
+
+        record = new_record("latency", args.command_line, config.digest(), figures)
+        print(f"note: recorded in {append_record(args.engine, record)}", file=sys.stderr)
     return 0
 
 

@@ -27,6 +27,13 @@ def token_bar(what: str) -> Iterator[Progress]:
 
 
 @contextmanager
+def prompt_bar(what: str) -> Iterator[Progress]:
+    """The same in prompts."""
+    with _bar(what, "prompt", is_scaled=False) as update:
+        yield update
+
+
+@contextmanager
 def _bar(what: str, unit: str, is_scaled: bool) -> Iterator[Progress]:
     from tqdm import tqdm
 

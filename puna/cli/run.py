@@ -114,7 +114,7 @@ def print_notice(llm: LLM) -> None:
         print(f"puna: {llm.session.notice}", file=sys.stderr)
 
 
-def open_llm(args: argparse.Namespace) -> LLM:
+def open_llm(args: argparse.Namespace, max_batch_size: int | None = None) -> LLM:
     from puna.llm import LLM
 
     with byte_bar("loading") as progress:
@@ -125,6 +125,7 @@ def open_llm(args: argparse.Namespace) -> LLM:
             kv_cache_bytes=args.kv_cache_bytes,
             tokenizer=args.tokenizer,
             chat_template=_template(args.chat_template),
+            max_batch_size=max_batch_size,
             progress=progress,
         )
     print_notice(llm)
