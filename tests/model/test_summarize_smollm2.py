@@ -1,4 +1,9 @@
-"""Summaries of a real model, SmolLM2-135M-Instruct, against transformers on the same token ids."""
+"""Summaries of a real model, SmolLM2-135M-Instruct, against transformers on the same token ids.
+
+Greedy texts part at the first near-tie, so twenty samples leave much to chance for the formats that
+round: on Zen 4 (AVX512-VNNI, BF16; 2026-11) the largest difference was 0 in float32, 0.35 (rouge1)
+in bfloat16 and 0.99 (rougeL) in int8, just within its bound; other instruction sets are untried.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +112,6 @@ def test_rouge_is_that_of_transformers(
     ours, theirs = asdict(found.scores), asdict(expected.scores)
     assert theirs["rouge1"] > 10, theirs
     difference = {key: ours[key] - theirs[key] for key in theirs}
-    print(name, ours, theirs, difference)
     assert all(abs(value) <= FORMATS[name][1] for value in difference.values()), difference
     if name == "float32":
         assert found.result.token_ids == expected.result.token_ids
