@@ -8,7 +8,7 @@ prompts run. Knows nothing of blocks, batches or devices.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -37,6 +37,7 @@ from puna.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 Messages = list[dict[str, str]]
+Progress = Callable[[int, int], None]
 
 
 class LLM:
@@ -99,13 +100,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: Progress | None = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or many; return one output a prompt, in order.
 
         A prompt is text or a list of token ids. `params` are for all prompts, or one for each.
+        `progress` is told (prompts answered, prompts in all) as they are, in order.
         """
         encoded = [self._encode(prompt) for prompt in _as_prompts(prompts)]
-        return self._run(encoded, _one_for_each(params, len(encoded)))
+        return self._run(encoded, _one_for_each(params, len(encoded)), progress)
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation of {"role", "content"} messages."""
@@ -189,7 +192,10 @@ class LLM:
         return self.tokenizer
 
     def _run(
-        self, prompts: list[Sequence[int]], params: Sequence[SamplingParams]
+        self,
+        prompts: list[Sequence[int]],
+        params: Sequence[SamplingParams],
+        progress: Progress | None = None,
     ) -> list[RequestOutput]:
         executor = self._open_executor()
         jobs: list[Job] = []
@@ -201,8 +207,10 @@ class LLM:
                 except RequestError as error:
                     where = f"prompt {i}: " if len(prompts) > 1 else ""
                     raise RequestError(f"{where}{error}") from None
-            for job in jobs:
+            for num_done, job in enumerate(jobs, 1):
                 self._finish(job)
+                if progress is not None:
+                    progress(num_done, len(jobs))
         finally:
             for job in jobs:
                 self._drop(job)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
-from puna.cli import bench, build, chat, inspect, launch, quickstart, run
+from puna.cli import bench, build, chat, inspect, launch, quickstart, run, summarize
 from puna.errors import PunaError
 from puna.runtime.launch import speaks_for_all
 
@@ -25,6 +26,7 @@ puna builds engines for LLaMA-family models and runs them.
   puna build CHECKPOINT -o ENGINE          Hugging Face, Meta or GGUF weights to an engine
   puna run ENGINE --prompt "Once upon"     text from the engine
   puna chat ENGINE                         a conversation with it
+  puna summarize ENGINE                    ROUGE of its summaries of news articles
   puna launch -n 2 -- run ENGINE ...       an engine of several ranks
 
 A checkpoint is a directory with published weights, a .gguf file, or a hub id (org/name). An
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     _print_anything()
     parser = _parser()
-    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(arguments)
+    args.command_line = shlex.join(["puna", *arguments])
     if args.command is None:
         parser.print_help()
         return 0
@@ -95,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show puna's version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (quickstart, build, inspect, run, chat, bench, launch):
+    for module in (quickstart, build, inspect, run, chat, bench, summarize, launch):
         module.add_commands(commands, debug)
     return parser
 

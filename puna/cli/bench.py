@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puna.cli.progress import byte_bar, token_bar
-from puna.cli.run import add_device_options, print_notice
+from puna.cli.progress import token_bar
+from puna.cli.run import add_device_options, open_llm
 
 if TYPE_CHECKING:
     from puna.bench.latency import LatencyResult
@@ -58,33 +59,30 @@ def _add_latency(benches: Any, parent: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     add_device_options(parser)
     add("--kv-cache-bytes", type=int, metavar="N", help="default: what the engine planned")
+    add("--record", action="store_true", help="keep the figures in ENGINE.report.json")
     add("--json", action="store_true", help="one JSON object")
-    parser.set_defaults(handler=latency)
+    parser.set_defaults(handler=latency, tokenizer=None, chat_template=None)
 
 
 def latency(args: argparse.Namespace) -> int:
     from puna.bench.latency import LatencyRun, check_run, measure_latency
     from puna.engine import read_config
-    from puna.llm import LLM
 
     run = LatencyRun(batch=args.batch, isl=args.isl, osl=args.osl, rounds=args.rounds)
-    check_run(run, read_config(Path(args.engine)))
-    with byte_bar("loading") as progress:
-        llm = LLM(
-            args.engine,
-            device=args.device,
-            threads=args.threads,
-            kv_cache_bytes=args.kv_cache_bytes,
-            prefix_cache=False,
-            progress=progress,
-        )
-    print_notice(llm)
-    with llm, token_bar("measuring") as progress:
+    config = read_config(Path(args.engine))
+    check_run(run, config)
+    with open_llm(args, prefix_cache=False) as llm, token_bar("measuring") as progress:
         result = measure_latency(llm, run, progress)
+    figures = {name: _rounded(value) for name, value in asdict(result).items()}
     if args.json:
-        print(json.dumps({name: _rounded(value) for name, value in asdict(result).items()}))
+        print(json.dumps(figures))
     else:
         _print_latency(result)
+    if args.record:
+        from puna.report import append_record, new_record
+
+        record = new_record("latency", args.command_line, config.digest(), figures)
+        print(f"note: recorded in {append_record(args.engine, record)}", file=sys.stderr)
     return 0
 
 

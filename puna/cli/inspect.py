@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puna.cli.build import print_plan
 from puna.cli.progress import byte_bar
+from puna.errors import EngineError
+
+if TYPE_CHECKING:
+    from puna.report import Record
 
 INSPECT_HELP = """\
 Say what an engine is: model, formats, limits, memory, where it came from.
 
   puna inspect engine
-  puna inspect engine --json               config.json of the engine
+  puna inspect engine --json               config.json of the engine, and its records as "reports"
+
+Records are what --record of puna bench and puna summarize kept in ENGINE.report.json.
 """
 VERIFY_HELP = """\
 Check that every file of an engine, of all ranks, is what the build wrote.
@@ -52,7 +60,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     path = Path(args.engine)
     config = read_config(path)
     if args.json:
-        print(json.dumps(config.to_json()))
+        records = _records(args.engine)
+        reports = None if records is None else [asdict(record) for record in records]
+        print(json.dumps({**config.to_json(), "reports": reports}))
         return 0
     spec, provenance = config.spec, config.provenance
     print(f"{path}: engine format {config.format_version}, built by puna {provenance.puna_version}")
@@ -74,7 +84,42 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(f"note    {note}")
     print()
     print_plan(config)
+    _print_records(_records(args.engine) or (), config.digest())
     return 0
+
+
+def _records(engine: str) -> tuple[Record, ...] | None:
+    """All records; None where the file is damaged, which says nothing about the engine."""
+    from puna.report import read_records
+
+    try:
+        return read_records(engine)
+    except EngineError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return None
+
+
+def _print_records(records: tuple[Record, ...], digest: str) -> None:
+    """Those of this engine; of one that it replaced, how many there are."""
+    mine = [record for record in records if record.engine_digest == digest]
+    if mine:
+        print("\nrecord     date        figures")
+    for record in mine:
+        figures = ", ".join(_main_figures(record))
+        print(f"{record.kind:<9}  {record.time[:10]}  {figures}; {record.machine}")
+    if len(mine) < len(records):
+        print(f"\nrecords of engines that this one replaced: {len(records) - len(mine)}")
+
+
+def _main_figures(record: Record) -> list[str]:
+    """What a reader compares; the rest is in the file."""
+    names = ("ttft_ms", "decode_ms", "roofline", "tok_s", "rouge1", "rouge2", "rougeL")
+    figures = record.figures
+    systems = figures.get("systems")
+    own = systems.get("puna") if isinstance(systems, dict) else None
+    if isinstance(own, dict):
+        figures = own
+    return [f"{name} {figures[name]:.4g}" for name in names if isinstance(figures.get(name), float)]
 
 
 def run_verify(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, where it is a terminal."""
+"""Progress bars on stderr, where it is a terminal; of several ranks, rank 0's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from puna.runtime.launch import speaks_for_all
 
 if TYPE_CHECKING:
     from puna.builder import Progress
@@ -27,6 +29,13 @@ def token_bar(what: str) -> Iterator[Progress]:
 
 
 @contextmanager
+def prompt_bar(what: str) -> Iterator[Progress]:
+    """The same in prompts."""
+    with _bar(what, "prompt", is_scaled=False) as update:
+        yield update
+
+
+@contextmanager
 def _bar(what: str, unit: str, is_scaled: bool) -> Iterator[Progress]:
     from tqdm import tqdm
 
@@ -35,7 +44,7 @@ def _bar(what: str, unit: str, is_scaled: bool) -> Iterator[Progress]:
         unit=unit,
         unit_scale=is_scaled,
         file=sys.stderr,
-        disable=None,
+        disable=None if speaks_for_all() else True,
         leave=False,
         mininterval=0.2,
     ) as bar:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna.cli.progress import byte_bar
 from puna.errors import RequestError
+from puna.runtime.launch import find_world
 
 if TYPE_CHECKING:
     from puna.llm import LLM
@@ -121,7 +122,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """What computes: --device and --threads."""
+    """What computes, and where rank 0 of several is met."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -131,6 +132,14 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"
     )
+    parser.add_argument(
+        "--master-addr",
+        metavar="HOST",
+        help="rank 0's host, for engines of several ranks (default: what the launcher tells)",
+    )
+    parser.add_argument(
+        "--master-port", type=int, metavar="N", help="rank 0's (default: a free one)"
+    )
 
 
 def print_notice(llm: LLM) -> None:
@@ -139,7 +148,11 @@ def print_notice(llm: LLM) -> None:
         print(f"puna: {llm.session.notice}", file=sys.stderr)
 
 
-def open_llm(args: argparse.Namespace) -> LLM:
+def open_llm(
+    args: argparse.Namespace, max_batch_size: int | None = None, prefix_cache: bool = True
+) -> LLM:
+    """The engine that the arguments name; on ranks other than 0 this serves rank 0, and does not
+    return."""
     from puna.llm import LLM
 
     with byte_bar("loading") as progress:
@@ -150,7 +163,10 @@ def open_llm(args: argparse.Namespace) -> LLM:
             kv_cache_bytes=args.kv_cache_bytes,
             tokenizer=args.tokenizer,
             chat_template=_template(args.chat_template),
+            prefix_cache=prefix_cache,
+            max_batch_size=max_batch_size,
             progress=progress,
+            world=find_world(args.master_addr, args.master_port),
         )
     print_notice(llm)
     return llm

@@ -6,11 +6,8 @@ the only file of puna that looks at the environment. Connects nothing.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +40,7 @@ class World:
     job: str = ""
     addresses: tuple[str, ...] = ()
     port: int | None = None
+    parent: int = 0  # process that started this one; 0: does not matter
 
     @property
     def is_one_host(self) -> bool:
@@ -68,6 +66,8 @@ def find_world(
         )
     if master_port is not None and not 0 < master_port < 65536:
         raise LaunchError(f"master port {master_port}: use a number from 1 to 65535")
+    if found.size > 1 and not found.parent:
+        found = replace(found, parent=os.getppid())
     if found.is_one_host:
         found = replace(found, addresses=(LOOPBACK,))
     if master_addr is not None:
@@ -114,6 +114,7 @@ def _from_puna(environ: Mapping[str, str]) -> World:
         job=environ.get(JOB, ""),
         addresses=(environ.get(ADDRESS, LOOPBACK),),
         port=_number(environ, PORT) if PORT in environ else None,
+        parent=_number(environ, PARENT, 0),
     )
 
 
@@ -223,15 +224,9 @@ def keep_to_share(world: World) -> None:
     os.sched_setaffinity(0, cpus[first:last])
 
 
-def end_with_launcher(environ: Mapping[str, str] | None = None) -> None:
-    """Where puna launch started this process: have the system end it when that is gone (Linux)."""
-    parent = (os.environ if environ is None else environ).get(PARENT)
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if str(os.getppid()) != parent:  # it was gone before the system was told
-        raise SystemExit(1)
+def has_launcher(world: World) -> bool:
+    """Whether the process that started this one is still there."""
+    return world.parent in (0, os.getppid())
 
 
 def rank_environment(
@@ -258,7 +253,7 @@ def rank_environment(
 
 
 def parent_environment(pid: int) -> dict[str, str]:
-    """The variable by which a process knows whose end is its own; see `end_with_launcher`."""
+    """The variable by which a process knows whose end is its own."""
     return {PARENT: str(pid)}
 
 

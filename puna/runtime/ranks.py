@@ -19,7 +19,7 @@ from puna.errors import LaunchError, PunaError
 from puna.memory import RankMemory
 from puna.runtime import wire
 from puna.runtime.comm import Comm
-from puna.runtime.launch import World, end_with_launcher, keep_to_share
+from puna.runtime.launch import World, keep_to_share
 from puna.runtime.rendezvous import Peers, join, tell_failure
 from puna.runtime.session import LoadProgress, Session, check_world_size
 from puna.runtime.step import StepPlan, StepResult
@@ -93,7 +93,6 @@ def open_ranks(
     process (SystemExit, status 0). Raises PunaError as `Session.open` does, on rank 0 also for what
     went wrong elsewhere.
     """
-    end_with_launcher()
     keep_to_share(world)
     if world.rank == 0:
         config = read_config(engine_dir)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from puna.errors import LaunchError
-from puna.runtime.launch import LOOPBACK, World
+from puna.runtime.launch import LOOPBACK, World, has_launcher
 
 # Candidates for the port of a job: below the range from which systems hand out ports themselves.
 _FIRST_PORT, _NUM_PORTS, _NUM_CANDIDATES = 20000, 12000, 8
@@ -29,6 +29,8 @@ JOIN_SECONDS = 120.0
 _GREETING_SECONDS = 5.0
 # A host that vanished without a word is noticed after 10 + 3 * 5 seconds.
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+# How often a rank looks whether its launcher is still there.
+_LAUNCHER_SECONDS = 1.0
 _LENGTH = struct.Struct("<Q")
 _LARGEST_GREETING = 1 << 16
 
@@ -169,10 +171,13 @@ class Peers:
             for rank, link in self._watch.items():
                 selector.register(link.sock, selectors.EVENT_READ, rank)
             while len(self._said_bye) < len(self._watch):
-                for key, _ in selector.select():
+                for key, _ in selector.select(_LAUNCHER_SECONDS):
                     if self._hear(key.data):
                         self._said_bye.add(key.data)
                         selector.unregister(key.fileobj)
+                if not has_launcher(self.world) and not self._is_closing.is_set():
+                    self._stop("the launcher is gone, so all ranks stop", 1)
+                    return
 
     def _hear(self, rank: int) -> bool:
         """Whether a rank has said goodbye; ends the process if it failed or is lost."""

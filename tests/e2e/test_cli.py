@@ -22,7 +22,7 @@ from puna import LLM
 from puna.checkpoint.dummy import PRESETS
 from puna.cli.quickstart import QUESTION
 
-COMMANDS = ("build", "plan", "inspect", "verify", "run", "chat", "quickstart")
+COMMANDS = ("build", "plan", "inspect", "verify", "run", "chat", "summarize", "quickstart")
 RESULT_KEYS = [
     "text",
     "token_ids",
