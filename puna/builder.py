@@ -12,25 +12,23 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping as MappingABC
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import Protocol
-
-import numpy as np
 
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.engine import CONFIG_FILE, TOKENIZER_DIR, DummyRecipe, EngineConfig, Provenance
 from puna.errors import CheckpointError, ConfigError, TokenizerError
-from puna.huge_pages import reserve, write_at
 from puna.manifest import READ_BYTES, write_manifest
 from puna.memory import available_bytes, human_bytes
 from puna.output import check_output, finish, is_engine, workspace
 from puna.plan import BuildConfig, CheckpointFacts, plan
-from puna.rank_file import RankFile, RankWeight, rank_file, rank_file_name, rank_weights
-from puna.shard import CHUNK_WEIGHTS, WeightSource, rank_rows
+from puna.rank_file import rank_file, rank_file_name
+from puna.rank_writer import Task, write_ranks, write_ranks_in_processes
+from puna.shard import CHUNK_WEIGHTS
 from puna.tokenizer import load_tokenizer
 from puna.version import puna_version
 from puna.weights import checkpoint_weights
@@ -120,6 +118,7 @@ def build(
     config: BuildConfig | None = None,
     *,
     workers: int | None = None,
+    processes: int = 1,
     force: bool = False,
     materialize: bool = False,
     tokenizer: MappingABC[str, bytes] | None = None,
@@ -129,17 +128,29 @@ def build(
 
     `checkpoint` is a directory (Hugging Face or Meta), a .gguf file, a hub id, or an open
     Checkpoint, which stays open. `workers` threads share the tensors of all ranks (default: the
-    CPUs of this machine, at most 4). `force` replaces an engine at `out`, and nothing else.
+    CPUs of this machine, at most 4). With `processes` above 1 each rank is written by a process of
+    its own, that many at a time, among which the workers are divided; the bytes are the same.
+    `force` replaces an engine at `out`, and nothing else.
     `materialize` writes dummy weights out instead of their recipe. `tokenizer` gives the files of
     the engine's tokenizer in place of the checkpoint's. Raises PunaError for what the user can
     mend; whatever happens, `out` is a whole engine or what it was before.
     """
     if not isinstance(checkpoint, (str, Path)):
         return _build(
-            checkpoint, Path(out), config, workers, force, materialize, tokenizer, progress
+            checkpoint,
+            Path(out),
+            config,
+            workers,
+            processes,
+            force,
+            materialize,
+            tokenizer,
+            progress,
         )
     with closing(open_source(checkpoint)) as opened:
-        return _build(opened, Path(out), config, workers, force, materialize, tokenizer, progress)
+        return _build(
+            opened, Path(out), config, workers, processes, force, materialize, tokenizer, progress
+        )
 
 
 def _build(
@@ -147,6 +158,7 @@ def _build(
     out: Path,
     config: BuildConfig | None,
     workers: int | None,
+    processes: int,
     force: bool,
     materialize: bool,
     tokenizer: MappingABC[str, bytes] | None,
@@ -157,14 +169,17 @@ def _build(
     check_output(out, force)
     if workers is None:
         workers = min(_num_cpus(), MAX_DEFAULT_WORKERS)
-    if workers < 1:
-        raise ConfigError(f"workers is {workers}; it must be at least 1")
+    for name, number in (("workers", workers), ("processes", processes)):
+        if number < 1:
+            raise ConfigError(f"{name} is {number}; it must be at least 1: raise it")
+    processes = min(processes, planned.world_size)
+    workers = max(workers, processes)
     files = checkpoint.tokenizer_files() if tokenizer is None else tokenizer
     _check_room(out, planned, workers)
     sources = _existing(checkpoint)
     with workspace(out) as folder:
         bar = _Bar(planned, sources, progress)
-        planned = _write(folder, planned, checkpoint, sources, files, workers, bar)
+        planned = _write(folder, planned, checkpoint, sources, files, workers, processes, bar)
         finish(folder, out, force)
     return BuildResult(out, planned)
 
@@ -176,6 +191,7 @@ def _write(
     sources: list[Path],
     tokenizer: MappingABC[str, bytes],
     workers: int,
+    processes: int,
     bar: _Bar,
 ) -> EngineConfig:
     """Fill `folder` with a whole engine; returns the config with the digests of its sources."""
@@ -183,8 +199,11 @@ def _write(
         _write_tokenizer(folder / TOKENIZER_DIR, tokenizer)
     placeholder = "0" * 64
     if planned.dummy is None:
-        layouts = [rank_file(planned, rank, placeholder) for rank in range(planned.world_size)]
-        _write_ranks(folder, planned, layouts, checkpoint, workers, bar)
+        task = Task(folder, planned, checkpoint, placeholder)
+        if processes == 1:
+            write_ranks(task, range(planned.world_size), workers, bar.add)
+        else:
+            write_ranks_in_processes(task, processes, max(1, workers // processes), bar.add)
     digests = _digest_sources(sources, workers, bar)
     planned = replace(planned, provenance=replace(planned.provenance, digests=digests))
     (folder / CONFIG_FILE).write_bytes(planned.to_bytes())
@@ -209,54 +228,6 @@ def _write_tokenizer(folder: Path, files: MappingABC[str, bytes]) -> None:
         raise TokenizerError(
             f"the tokenizer cannot be used ({found}): mend it, or take another with --tokenizer DIR"
         ) from error
-
-
-def _write_ranks(
-    folder: Path,
-    planned: EngineConfig,
-    layouts: list[RankFile],
-    source: WeightSource,
-    workers: int,
-    bar: _Bar,
-) -> None:
-    stop = Event()
-    descriptors: list[int] = []
-    try:
-        for rank, layout in enumerate(layouts):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            descriptors.append(os.open(folder / rank_file_name(rank), flags, 0o644))
-            reserve(descriptors[-1], layout.num_bytes)
-
-        def write(rank: int, weight: RankWeight) -> None:
-            layout, descriptor = layouts[rank], descriptors[rank]
-            for first, arrays in rank_rows(weight, source):
-                if stop.is_set():
-                    return
-                for name, rows in arrays.items():
-                    stored = layout.arrays[name]
-                    row_bytes = stored.num_bytes // stored.shape[0]
-                    assert rows.dtype == stored.dtype and rows[0].nbytes == row_bytes, name
-                    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-                    write_at(descriptor, data, stored.offset + first * row_bytes)
-                    bar.add(rows.nbytes)
-
-        with ThreadPoolExecutor(workers) as pool:
-            tasks = [
-                pool.submit(write, rank, weight)
-                for rank in range(len(layouts))
-                for weight in rank_weights(planned, rank)
-            ]
-            try:
-                wait(tasks, return_when=FIRST_EXCEPTION)
-                for task in tasks:
-                    if task.done():
-                        task.result()
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 class _Bar:

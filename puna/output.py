@@ -25,8 +25,11 @@ from puna.manifest import MANIFEST_FILE, is_rank_file
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise ConfigError if something is at `out` that this build must not replace."""
-    if not os.path.lexists(out):
+    """Raise ConfigError if something is at `out` that this build must not replace.
+
+    An empty directory may be replaced, and with `force` a puna engine.
+    """
+    if not os.path.lexists(out) or _is_empty(out):
         return
     if not force:
         raise ConfigError(f"{out} exists already: choose another -o, or replace it with --force")
@@ -48,6 +51,11 @@ def _why_kept(out: Path) -> str | None:
     own = (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_DIR, "kernels")
     others = sorted(p.name for p in out.iterdir() if p.name not in own and not is_rank_file(p.name))
     return f"holds {others[0]}, which is no part of an engine" if others else None
+
+
+def _is_empty(out: Path) -> bool:
+    """Whether `out` is a directory that was made beforehand, with nothing in it."""
+    return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
 
 
 def is_engine(path: Path) -> bool:
@@ -144,12 +152,12 @@ def finish(folder: Path, out: Path, force: bool) -> None:
 
 def _renamed(folder: Path, out: Path) -> bool:
     """Give the folder its name; False where that is taken."""
-    if os.path.lexists(out):
+    if os.path.lexists(out) and not _is_empty(out):
         return False
     try:
-        folder.rename(out)
+        folder.rename(out)  # also onto an empty directory
     except OSError:
-        if os.path.lexists(out):  # Another build has just finished.
+        if os.path.lexists(out) and not _is_empty(out):  # Another build has just finished.
             return False
         raise
     return True

@@ -44,6 +44,13 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="threads, over all ranks (default: CPUs, up to 4)"
     )
     build.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks built side by side, each by a process of its own (default: 1, threads only)",
+    )
+    build.add_argument(
         "--tokenizer", metavar="DIR", help="take the tokenizer from there, not from the checkpoint"
     )
     build.set_defaults(handler=run_build)
@@ -114,6 +121,7 @@ def run_build(args: argparse.Namespace) -> int:
             args.output,
             _config(args),
             workers=args.workers,
+            processes=args.processes,
             force=args.force,
             materialize=args.materialize,
             tokenizer=tokenizer,

@@ -44,7 +44,7 @@ RUN = [
     ("cpu",),
     ("ops",),
 ]
-BUILD = [("cli",), ("builder",), ("plan", "checkpoint", "output")]
+BUILD = [("cli",), ("builder",), ("plan", "checkpoint", "output", "rank_writer")]
 SHARED = [
     ("tokenizer",),
     ("manifest", "shard", "memory", "dummy"),
@@ -59,7 +59,7 @@ SHARED = [
     ("errors",),
 ]
 RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
-BUILD_ONLY = ("builder", "plan", "checkpoint", "output")
+BUILD_ONLY = ("builder", "plan", "checkpoint", "output", "rank_writer")
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")
 WITHOUT_NUMPY += tuple(

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from safetensors.numpy import load_file
 
 import puna.builder
 import puna.output
+import puna.rank_writer
 import puna.shard
 from puna import BuildConfig, build
 from puna.checkpoint import open_checkpoint
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
 from puna.engine import read_config
-from puna.errors import CheckpointError, ConfigError, TokenizerError
+from puna.errors import CheckpointError, ConfigError, PunaError, TokenizerError
 from puna.memory import human_bytes
 from puna.rank_file import rank_file
 
@@ -259,3 +261,52 @@ def test_damaged_tokenizer_fails_the_build(checkpoint: Path, tmp_path: Path) -> 
     with pytest.raises(TokenizerError, match=r"cannot be used \(tokenizer.json .*--tokenizer DIR"):
         build(checkpoint, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_processes_write_the_bytes_that_threads_write(
+    shape: tuple[int, int], checkpoint: Path, tmp_path: Path
+) -> None:
+    config = BuildConfig(tp_size=shape[0], pp_size=shape[1], quant="int8")
+    told: list[tuple[int, int]] = []
+    one = build(checkpoint, tmp_path / "one", config).path
+    many = build(
+        checkpoint,
+        tmp_path / "many",
+        config,
+        processes=3,
+        progress=lambda done, total: told.append((done, total)),
+    ).path
+    assert told[-1][0] > 0.9 * told[-1][1]
+    for path in sorted(one.rglob("*")):
+        if path.is_file():
+            assert (many / path.relative_to(one)).read_bytes() == path.read_bytes(), path.name
+    assert sum(path.is_file() for path in many.rglob("*")) == 7  # and nothing else
+
+
+def test_what_a_process_finds_wrong_is_told_as_ever(tmp_path: Path) -> None:
+    weights = {**WEIGHTS, "norm.weight": np.full_like(WEIGHTS["norm.weight"], np.nan)}
+    bad = write_hf(tmp_path / "bad", weights)
+    with pytest.raises(CheckpointError, match=r"norm\.weight holds NaN"):
+        build(bad, tmp_path / "engine", BuildConfig(tp_size=4), processes=2)
+    assert not (tmp_path / "engine").exists()
+    with pytest.raises(ConfigError, match="processes is 0"):
+        build(bad, tmp_path / "engine", processes=0)
+
+
+def test_a_process_that_is_killed_ends_the_build(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(puna.rank_writer, "_write_weight", die)
+    with pytest.raises(PunaError, match="process that wrote rank . ended with status -9"):
+        build(checkpoint, tmp_path / "engine", BuildConfig(tp_size=2), processes=2)
+    assert not any(path.name.startswith("engine") for path in tmp_path.iterdir())
+
+
+def test_an_empty_directory_may_be_there(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    config = build(checkpoint, tmp_path / "engine").config
+    assert read_config(tmp_path / "engine") == config
