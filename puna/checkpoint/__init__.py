@@ -84,7 +84,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a directory, a GGUF file, or a hub id such as `TinyLlama/TinyLlama-1.1B-Chat-v1.0`.
 
-    Reads headers only. Raises CheckpointError: nothing there, a kind puna does not read, damage.
+    A directory that holds both forms is read as Hugging Face's. Reads headers only. Raises
+    CheckpointError: nothing there, a kind puna does not read, damage.
     """
     # Each reader is imported when it is needed: together they take longer than reading a header.
     source = str(path_or_id)

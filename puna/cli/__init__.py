@@ -11,7 +11,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
@@ -47,7 +47,6 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    _print_anything()
     parser = _parser()
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(arguments)
@@ -55,8 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    return exit_status(lambda: args.handler(args), args.debug)
+
+
+def exit_status(work: Callable[[], int], debug: bool = False) -> int:
+    """Do the work of a command; say in one line what went wrong, and return the exit status.
+
+    Of several ranks only rank 0 speaks. `debug` lets a PunaError through, with its traceback.
+    """
+    _print_anything()
     try:
-        status = args.handler(args)
+        status = work()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except PunaError as error:
-        if args.debug:
+        if debug:
             raise
         if speaks_for_all():
             print(f"puna: {_one_line(str(error))}", file=sys.stderr)

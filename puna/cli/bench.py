@@ -71,7 +71,7 @@ def latency(args: argparse.Namespace) -> int:
     run = LatencyRun(batch=args.batch, isl=args.isl, osl=args.osl, rounds=args.rounds)
     config = read_config(Path(args.engine))
     check_run(run, config)
-    with open_llm(args, prefix_cache=False) as llm, token_bar("measuring") as progress:
+    with open_llm(args, prefix_cache=False) as llm, token_bar("measuring", args.quiet) as progress:
         result = measure_latency(llm, run, progress)
     figures = {name: _rounded(value) for name, value in asdict(result).items()}
     if args.json:

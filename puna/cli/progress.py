@@ -1,4 +1,5 @@
-"""Progress bars on stderr, where it is a terminal; of several ranks, rank 0's."""
+"""Progress bars on stderr, where it is a terminal and nobody asked for quiet; of several ranks,
+rank 0's."""
 
 from __future__ import annotations
 
@@ -14,29 +15,29 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def byte_bar(what: str) -> Iterator[Progress]:
+def byte_bar(what: str, is_quiet: bool = False) -> Iterator[Progress]:
     """Yield a function (done, total) in bytes that draws a bar; quiet when stderr is no
     terminal."""
-    with _bar(what, "B", is_scaled=True) as update:
+    with _bar(what, "B", is_scaled=True, is_quiet=is_quiet) as update:
         yield update
 
 
 @contextmanager
-def token_bar(what: str) -> Iterator[Progress]:
+def token_bar(what: str, is_quiet: bool = False) -> Iterator[Progress]:
     """The same in tokens."""
-    with _bar(what, "tok", is_scaled=False) as update:
+    with _bar(what, "tok", is_scaled=False, is_quiet=is_quiet) as update:
         yield update
 
 
 @contextmanager
-def prompt_bar(what: str) -> Iterator[Progress]:
+def prompt_bar(what: str, is_quiet: bool = False) -> Iterator[Progress]:
     """The same in prompts."""
-    with _bar(what, "prompt", is_scaled=False) as update:
+    with _bar(what, "prompt", is_scaled=False, is_quiet=is_quiet) as update:
         yield update
 
 
 @contextmanager
-def _bar(what: str, unit: str, is_scaled: bool) -> Iterator[Progress]:
+def _bar(what: str, unit: str, is_scaled: bool, is_quiet: bool) -> Iterator[Progress]:
     from tqdm import tqdm
 
     with tqdm(
@@ -44,7 +45,7 @@ def _bar(what: str, unit: str, is_scaled: bool) -> Iterator[Progress]:
         unit=unit,
         unit_scale=is_scaled,
         file=sys.stderr,
-        disable=None if speaks_for_all() else True,
+        disable=None if speaks_for_all() and not is_quiet else True,
         leave=False,
         mininterval=0.2,
     ) as bar:

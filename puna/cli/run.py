@@ -132,6 +132,7 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
     parser.add_argument(
         "--master-addr",
         metavar="HOST",
@@ -155,7 +156,7 @@ def open_llm(
     return."""
     from puna.llm import LLM
 
-    with byte_bar("loading") as progress:
+    with byte_bar("loading", args.quiet) as progress:
         llm = LLM(
             args.engine,
             device=args.device,
@@ -168,7 +169,8 @@ def open_llm(
             progress=progress,
             world=find_world(args.master_addr, args.master_port),
         )
-    print_notice(llm)
+    if not args.quiet:
+        print_notice(llm)
     return llm
 
 

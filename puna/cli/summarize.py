@@ -22,6 +22,7 @@ Summarize articles of CNN/DailyMail and compare them with their highlights (ROUG
 
   puna summarize engine --dataset-path test.jsonl
   puna summarize engine --hf-model ./llama-7b --test-hf --data-type bf16
+  puna summarize --hf-model ./llama-7b --test-hf                        transformers alone
   puna summarize engine --check-accuracy --rouge1-threshold 14 --json
 
 Without --dataset-path: from ./cnn_dailymail/, else downloaded. docs/summarize.md explains figures.
@@ -38,7 +39,7 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("engine", metavar="DIR")
+    add("engine", nargs="?", metavar="DIR", help="the engine; none with --test-hf: that alone")
     add(
         "--dataset-path",
         "--dataset_path",
@@ -55,8 +56,7 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     add(
         "--data-type",
         choices=("fp32", "fp16", "bf16"),
-        default="fp16",
-        help="of transformers (default: %(default)s)",
+        help="of transformers (default: fp16)",
     )
     add("--check-accuracy", action="store_true", help="status 2 when rouge1 is too low")
     add("--rouge1-threshold", type=float, default=15.0, metavar="X", help="default: %(default)s")
@@ -73,23 +73,24 @@ def run(args: argparse.Namespace) -> int:
     from puna.summarize.rouge import check_rouge, rouge_scores
     from puna.tokenizer import load_tokenizer
 
+    _check_systems(args)
     if not speaks_for_all():
+        if args.engine is None:
+            return 0
         open_llm(args, max_batch_size=args.batch_size)  # serves rank 0, and ends with it
     # Everything that can be refused is, before the engine is loaded.
     options = SummaryOptions(args.output_len, args.top_k, args.num_beams)
     options.sampling_params()
     check_rouge()
-    _check_hf(args)
-    config = read_config(Path(args.engine))
+    config = None if args.engine is None else read_config(Path(args.engine))
     folder, tokenizer_note = find_tokenizer(args.hf_model, args.engine)
     tokenizer = load_tokenizer(folder)
     dataset = load_samples(args.dataset_path, args.max_samples)
-    for note in (dataset.note, tokenizer_note):
-        if note is not None:
-            print(f"note: {note}", file=sys.stderr)
-    prompts = encode_prompts(
-        tokenizer, dataset.samples, config.limits.max_seq_len, options.output_len
-    )
+    notes = [note for note in (_data_type_note(args), dataset.note, tokenizer_note) if note]
+    if notes and not args.quiet:
+        print(f"note: {'; '.join(notes)}", file=sys.stderr)
+    max_seq_len = None if config is None else config.limits.max_seq_len
+    prompts = encode_prompts(tokenizer, dataset.samples, max_seq_len, options.output_len)
 
     args.tokenizer = str(folder)
     results = _run_systems(args, tokenizer, prompts, options)
@@ -100,12 +101,13 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         _print_report(dataset, results, scores)
-    if args.record:
+    if args.record and args.engine is not None:
         from puna.report import append_record, new_record
 
         texts = ("article", "highlights", "summaries")
         figures = {key: value for key, value in report.items() if key not in texts}
-        record = new_record("summarize", args.command_line, config.digest(), figures)
+        digest = read_config(Path(args.engine)).digest()
+        record = new_record("summarize", args.command_line, digest, figures)
         print(f"note: recorded in {append_record(args.engine, record)}", file=sys.stderr)
     if args.check_accuracy and scores[0].rouge1 < args.rouge1_threshold:
         raise ConfigError(
@@ -115,9 +117,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_hf(args: argparse.Namespace) -> None:
+def _check_systems(args: argparse.Namespace) -> None:
+    """ConfigError for options that contradict each other about who is to summarize."""
     from puna.summarize.transformers_model import check_model_dir
 
+    if args.engine is None:
+        if not args.test_hf:
+            raise ConfigError("nothing is to summarize: name an engine, or --test-hf, or both")
+        for option, value in (("--record", args.record), ("--check-accuracy", args.check_accuracy)):
+            if value:
+                raise ConfigError(f"{option} is about an engine: name one, or leave it out")
     if not args.test_hf:
         return
     if args.hf_model is None:
@@ -127,29 +136,38 @@ def _check_hf(args: argparse.Namespace) -> None:
     check_model_dir(args.hf_model)
 
 
+def _data_type_note(args: argparse.Namespace) -> str | None:
+    if args.data_type is None or args.test_hf:
+        return None
+    return "the data type is for transformers (--test-hf); the engine has its own"
+
+
 def _run_systems(
     args: argparse.Namespace, tokenizer: Any, prompts: list[list[int]], options: Any
 ) -> list[SystemResult]:
-    """The engine, then transformers if asked for: one of them in memory at a time."""
+    """The engine, then transformers, whichever are asked for: one of them in memory at a time."""
     from puna.summarize import summarize_with_llm, summarize_with_transformers
     from puna.summarize.systems import eos_token_ids
 
-    with open_llm(args, max_batch_size=args.batch_size) as llm:
-        assert llm.session is not None
-        args.device_used = llm.session.device
-        batch_size = args.batch_size or llm.config.limits.max_batch_size
-        eos = eos_token_ids(llm, tokenizer)
-        with prompt_bar("summarizing") as progress:
-            results = [summarize_with_llm(llm, tokenizer, prompts, options, progress)]
+    results: list[SystemResult] = []
+    args.device_used, batch_size, eos = "cpu", args.batch_size or 1, tokenizer.eos_token_ids
+    if args.engine is not None:
+        with open_llm(args, max_batch_size=args.batch_size) as llm:
+            assert llm.session is not None
+            args.device_used = llm.session.device
+            batch_size = args.batch_size or llm.config.limits.max_batch_size
+            eos = eos_token_ids(llm, tokenizer)
+            with prompt_bar("summarizing", args.quiet) as progress:
+                results.append(summarize_with_llm(llm, tokenizer, prompts, options, progress))
     if args.test_hf:
-        with prompt_bar("transformers") as progress:
+        with prompt_bar("transformers", args.quiet) as progress:
             theirs = summarize_with_transformers(
                 args.hf_model,
                 tokenizer,
                 prompts,
                 options,
                 eos=eos,
-                data_type=args.data_type,
+                data_type=args.data_type or "fp16",
                 batch_size=batch_size,
                 device="cuda" if args.device_used.startswith("cuda") else "cpu",
                 progress=progress,
@@ -166,7 +184,7 @@ def _report(
 ) -> dict[str, Any]:
     first = dataset.samples[0]
     return {
-        "engine": str(args.engine),
+        "engine": args.engine,
         "device": args.device_used,
         "dataset": dataset.source,
         "num_samples": len(dataset.samples),
@@ -174,7 +192,7 @@ def _report(
         "batch_size": args.batch_size,
         "num_beams": args.num_beams,
         "top_k": args.top_k,
-        "data_type": args.data_type if args.test_hf else None,
+        "data_type": (args.data_type or "fp16") if args.test_hf else None,
         "article": first.article,
         "highlights": first.highlights,
         "summaries": {result.name: result.summaries[0] for result in results},

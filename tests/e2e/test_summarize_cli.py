@@ -127,11 +127,24 @@ def test_folder_of_the_working_directory(
     (tmp_path / "cnn_dailymail").mkdir()
     shutil.copy(rows, tmp_path / "cnn_dailymail")
     monkeypatch.chdir(tmp_path)
-    found = puna("summarize", engine, "--output-len", LEN, "--hf-model", tmp_path)
+    command = ("summarize", engine, "--output-len", LEN, "--hf-model", tmp_path)
+    found = puna(*command)
     assert found.status == 0 and found.err.splitlines() == [
-        "note: samples are from ./cnn_dailymail/ (--dataset-path: others)",
-        f"note: {tmp_path} has no tokenizer: using {engine / 'tokenizer'}",
+        "note: samples are from ./cnn_dailymail/ (--dataset-path: others); "
+        f"{tmp_path} has no tokenizer: using {engine / 'tokenizer'}",
     ]
+    assert puna(*command, "--quiet").err == ""
+
+
+def test_transformers_alone(rows: Path, hf_checkpoint: Path, puna: Puna, refused: Refused) -> None:
+    pytest.importorskip("transformers")
+    alone = ("summarize", "--hf-model", hf_checkpoint, "--dataset-path", rows)
+    assert "name an engine, or --test-hf" in refused(*alone)
+    assert "--record is about an engine" in refused(*alone, "--test-hf", "--record")
+    found = puna(*alone, "--test-hf", "--data-type", "fp32", "--output-len", LEN, "--json")
+    assert found.status == 0, found
+    report = json.loads(found.out)
+    assert report["engine"] is None and list(report["systems"]) == ["transformers"]
 
 
 @pytest.fixture(scope="module")

@@ -281,7 +281,7 @@ def test_processes_write_the_bytes_that_threads_write(
     for path in sorted(one.rglob("*")):
         if path.is_file():
             assert (many / path.relative_to(one)).read_bytes() == path.read_bytes(), path.name
-    assert sum(path.is_file() for path in many.rglob("*")) == 7  # and nothing else
+    assert len(list(many.rglob("*"))) == len(list(one.rglob("*")))
 
 
 def test_what_a_process_finds_wrong_is_told_as_ever(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_process_that_is_killed_ends_the_build(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(puna.rank_writer, "_write_weight", die)
-    with pytest.raises(PunaError, match="process that wrote rank . ended with status -9"):
+    with pytest.raises(PunaError, match=r"process that wrote rank \d ended with status -9"):
         build(checkpoint, tmp_path / "engine", BuildConfig(tp_size=2), processes=2)
     assert not any(path.name.startswith("engine") for path in tmp_path.iterdir())
 
