@@ -136,9 +136,9 @@ def test_folder_of_the_working_directory(
     assert puna(*command, "--quiet").err == ""
 
 
-def test_transformers_alone(rows: Path, hf_checkpoint: Path, puna: Puna, refused: Refused) -> None:
+def test_transformers_alone(rows: Path, hf_model: Path, puna: Puna, refused: Refused) -> None:
     pytest.importorskip("transformers")
-    alone = ("summarize", "--hf-model", hf_checkpoint, "--dataset-path", rows)
+    alone = ("summarize", "--hf-model", hf_model, "--dataset-path", rows)
     assert "name an engine, or --test-hf" in refused(*alone)
     assert "--record is about an engine" in refused(*alone, "--test-hf", "--record")
     found = puna(*alone, "--test-hf", "--data-type", "fp32", "--output-len", LEN, "--json")
