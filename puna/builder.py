@@ -284,7 +284,7 @@ def _existing(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, str]:
-    """SHA-256 of each source file by name (by path where names repeat), several at once."""
+    """SHA-256 of each source file by name (and folder, where names repeat), several at once."""
     counts = Counter(path.name for path in sources)
 
     def digest(path: Path) -> str:
@@ -297,7 +297,7 @@ def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, s
 
     with ThreadPoolExecutor(workers) as pool:
         return {
-            path.name if counts[path.name] == 1 else str(path): value
+            (path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"): value
             for path, value in zip(sources, pool.map(digest, sources), strict=True)
         }
 
