@@ -162,7 +162,9 @@ class _Layer:
 
     def grouped(self, suffix: str, num_cols: int, num_groups: int) -> tuple[int, Array | None]:
         """Group size, and each column's group where columns are in act order."""
-        if not self.has(suffix) or num_groups == 1:
+        if num_groups > 1 and self.said.is_act_order and not self.has(suffix):
+            raise self.wrong(f"act order needs {suffix}, which is missing")
+        if num_groups == 1 or not self.has(suffix):
             return self.group_size(num_cols, num_groups), None
         groups_K = self.array(suffix, 1)
         self.check(suffix, num_cols)

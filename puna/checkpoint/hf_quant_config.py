@@ -26,13 +26,15 @@ _INSTEAD = "the unquantised checkpoint with --quant, or a GGUF file"
 class Quantisation:
     """A method that puna reads. None where the config does not say: then the tensors decide.
 
-    `group_size` 0 is one group a row. `is_v1` says that GPTQ zeros are stored less one.
+    `group_size` 0 is one group a row. `is_v1` says that GPTQ zeros are stored less one,
+    `is_act_order` that columns are in groups of which only a tensor tells.
     """
 
     method: str
     bits: int | None = None
     group_size: int | None = None
     is_v1: bool | None = None
+    is_act_order: bool = False
 
 
 def find_quantisation(directories: Iterable[Path]) -> tuple[Quantisation | None, Path | None]:
@@ -78,9 +80,11 @@ def _gptq(config: Fields) -> Quantisation:
     if form not in (GPTQ, "gptq_v2"):
         raise _other_form(config, "GPTQ", form, "gptq or gptq_v2")
     bits = check_bits(config.whole("bits", None), config.where)
+    is_act_order = config.flag("desc_act", False)
     if config.object("dynamic").data:  # other bits and groups for some layers, by regex
-        return Quantisation(GPTQ, is_v1=form == GPTQ)
-    return Quantisation(GPTQ, bits, _group_size(config, "group_size"), form == GPTQ)
+        return Quantisation(GPTQ, is_v1=form == GPTQ, is_act_order=is_act_order)
+    group_size = _group_size(config, "group_size")
+    return Quantisation(GPTQ, bits, group_size, form == GPTQ, is_act_order)
 
 
 def _awq(config: Fields) -> Quantisation:
@@ -118,9 +122,11 @@ def _compressed(config: Fields) -> Quantisation:
     if len(schemes) != 1:
         return Quantisation(COMPRESSED)
     weights = schemes[0].object("weights")
+    is_act_order = weights.data.get("actorder") in ("group", "dynamic", True)
     is_by_group = weights.text("strategy", "group") == "group"
     group_size = _group_size(weights, "group_size") if is_by_group else None
-    return Quantisation(COMPRESSED, weights.whole("num_bits", None), group_size)
+    bits = weights.whole("num_bits", None)
+    return Quantisation(COMPRESSED, bits, group_size, is_act_order=is_act_order)
 
 
 def check_bits(bits: int | None, where: str, known: tuple[int, ...] = BITS) -> int | None:

@@ -150,6 +150,7 @@ def quantization_config(how: How) -> dict[str, Any]:
             "modules_to_not_convert": None,
         }
     weights = {"num_bits": how.bits, "type": "int", "symmetric": how.is_symmetric}
+    weights["actorder"] = "group" if how.is_act_order else None
     by_group = {"strategy": "group", "group_size": how.group_size}
     weights |= {"strategy": "channel", "group_size": None} if how.group_size == -1 else by_group
     return {

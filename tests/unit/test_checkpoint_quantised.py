@@ -392,7 +392,7 @@ def test_bits_and_groups_that_differ_by_layer(tmp_path: Path) -> None:
     """GPTQModel's `dynamic`, and several config_groups: the tensors decide."""
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*": {}}}
     said = read_quantisation(Fields(config, "x"))
-    assert said == Quantisation("gptq", is_v1=True)
+    assert said == Quantisation("gptq", is_v1=True)  # neither bits nor groups
     found, layers = opened(tmp_path, How(bits=8), quantization_config=config)
     assert found.format(Q).name == "int8-g32"
     assert np.array_equal(found.load(Q), layers[Q].values())

@@ -103,6 +103,7 @@ def doubled(tensors: dict[str, Array]) -> None:
 
 
 AWQ, PACK = How("awq"), How("compressed-tensors", is_symmetric=False)
+ORDER, PACK_ORDER = How(is_act_order=True), How("compressed-tensors", is_act_order=True)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,8 @@ AWQ, PACK = How("awq"), How("compressed-tensors", is_symmetric=False)
         (How(), replaced("g_idx", lambda x: x + 1), "g_idx names groups beyond the 2 that have"),
         (How(), replaced("g_idx", lambda x: x - 1), "g_idx names groups beyond"),
         (How(), replaced("g_idx", lambda x: x.astype(np.float32)), "g_idx has type F32; needed"),
+        (ORDER, removed("g_idx"), "act order needs g_idx, which is missing"),
+        (PACK_ORDER, removed("weight_g_idx"), "act order needs weight_g_idx, which is missing"),
         (How(), removed("scales"), "gptq needs scales, which is missing"),
         (How(), doubled, "self_attn.q_proj is there both quantised and not"),
         (AWQ, replaced("qweight", lambda x: x[:, :-1]), "qweight is [64, 7]; the others make it"),
