@@ -1,6 +1,6 @@
 """Damaged headers: a PunaError or a correct result, never another exception, a hang or huge memory.
 
-About 1,300 examples in all. The address space is limited while they run, so an allocation of what
+1,250 examples in all. The address space is limited while they run, so an allocation of what
 a header merely claims is a MemoryError, and that fails.
 """
 
