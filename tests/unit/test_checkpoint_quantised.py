@@ -179,6 +179,19 @@ def test_act_order_of_one_group_is_no_order(tmp_path: Path) -> None:
     assert_same(found.load_quantized(Q), expected(layers[Q], "int4"))
 
 
+def test_group_indices_of_minus_one_are_none(tmp_path: Path) -> None:
+    """compressed-tensors' initial value, which stays where there is no act order."""
+
+    def change(tensors: dict[str, Array]) -> None:
+        for name in [n for n in tensors if n.endswith(".weight_shape")]:
+            num_cols = tensors[name][1]
+            tensors[name.replace("shape", "g_idx")] = np.full(num_cols, -1, np.int32)
+
+    found, layers = opened(tmp_path, How("compressed-tensors"), change=change)
+    assert found.notes() == ()
+    assert_same(found.load_quantized(DOWN), expected(layers[DOWN], "int4-g32"))
+
+
 def test_groups_that_no_backend_has_are_dequantised(tmp_path: Path) -> None:
     found, layers = opened(tmp_path, How(group_size=8))
     assert found.notes()[0].startswith("14 layers quantised in groups of 8 have no exact form")
