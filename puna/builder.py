@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping as MappingABC
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -254,7 +255,8 @@ def _existing(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, str]:
-    """SHA-256 of each source file by name, several files at once."""
+    """SHA-256 of each source file by name (and folder, where names repeat), several at once."""
+    counts = Counter(path.name for path in sources)
 
     def digest(path: Path) -> str:
         hasher = hashlib.sha256()
@@ -266,7 +268,8 @@ def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, s
 
     with ThreadPoolExecutor(workers) as pool:
         return {
-            path.name: value for path, value in zip(sources, pool.map(digest, sources), strict=True)
+            (path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"): value
+            for path, value in zip(sources, pool.map(digest, sources), strict=True)
         }
 
 

@@ -54,7 +54,7 @@ class Checkpoint(Protocol):
     def format(self, name: str) -> Format:
         """The dense dtype, or the format that holds the checkpoint's quantised blocks exactly.
 
-        Quantised types that no puna format holds exactly are given as dense float32.
+        What no puna format holds exactly is given as dense: float32, or what its scales have.
         """
         ...
 

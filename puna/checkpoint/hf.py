@@ -1,23 +1,35 @@
 """Hugging Face checkpoints: config.json beside safetensors or PyTorch files, local or from the hub.
 
 Decides which files hold the weights and what their tensors are called. The facts of the model are
-read in `hf_config`, the containers in `safetensors_file` and `pickle_reader`.
+read in `hf_config`, quantised layers in `hf_quant`, the containers in `safetensors_file` and
+`pickle_reader`.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from puna.checkpoint.fields import brief, read_bytes, read_json
 from puna.checkpoint.hf_config import read_generation, read_spec
+from puna.checkpoint.hf_quant import (
+    guess_quantisation,
+    inexact_notes,
+    quantised_linear,
+    take_layers,
+)
+from puna.checkpoint.hf_quant_config import Quantisation, find_quantisation
 from puna.checkpoint.names import NameMap
+from puna.checkpoint.packed_linear import PackedLinear
 from puna.checkpoint.pickle_reader import read_torch_zip
 from puna.checkpoint.safetensors_file import read_safetensors
-from puna.checkpoint.stored import DenseTensor, FileCheckpoint, require_readable
+from puna.checkpoint.stored import DenseTensor, FileCheckpoint, StoredTensor, require_readable
 from puna.errors import CheckpointError
+from puna.spec import ModelSpec
 from puna.tokenizer import TOKENIZER_FILES
+from puna.weights import checkpoint_weights
 
 NAMES = NameMap(
     MappingProxyType(
@@ -52,35 +64,110 @@ _LARGEST_TOKENIZER = 256 << 20
 
 def open_hf(directory: Path, source: str) -> FileCheckpoint:
     """Open a local directory; `source` is what the user called it. Raises CheckpointError."""
-    config = read_json(directory / "config.json")
+    return _open(directory, directory, source)
+
+
+def open_quantised(weights: Path, model_dir: Path, source: str) -> FileCheckpoint:
+    """Open `weights` with its quantised layers; what it lacks comes from `model_dir`.
+
+    `weights` is a file (safetensors or PyTorch), or a directory of them, that a GPTQ or AWQ tool
+    wrote for a model. How its layers are quantised is said by a config beside them or in
+    `model_dir`, else by the tensors. `model_dir` has config.json, and may have the tokenizer and
+    the weights that `weights` is without. `source` is what the user called it. Raises
+    CheckpointError.
+    """
+    if not weights.exists():
+        raise CheckpointError(f"{weights} does not exist; needed a file or directory of weights")
+    found = _open(weights, model_dir, source)
+    if not any(isinstance(tensor, PackedLinear) for tensor in found.tensors.values()):
+        raise CheckpointError(
+            f"{source} has no quantised layers; needed tensors named qweight (GPTQ, AWQ) or "
+            "weight_packed (compressed-tensors): name the file that has them"
+        )
+    missing = {weight.name for weight in checkpoint_weights(found.spec)} - found.names()
+    others = _find_weights(model_dir, False) if missing else []
+    if not others:
+        return found
+    dense, _ = _canonical_tensors(others, found.spec, None, str(model_dir))
+    filled = {name: dense[name] for name in sorted(missing & dense.keys())}
+    files = dict.fromkeys((*found.weight_files, *others))
+    return replace(found, tensors={**found.tensors, **filled}, weight_files=tuple(files))
+
+
+def _open(weights: Path, model_dir: Path, source: str) -> FileCheckpoint:
+    config = read_json(model_dir / "config.json")
     spec, notes = read_spec(config)
-    files = _weight_files(directory)
-    tensors: dict[str, DenseTensor] = {}
-    unknown = []
-    for path in files:
-        read = read_safetensors if path.suffix == ".safetensors" else read_torch_zip
-        for file_name, tensor in read(path).items():
-            name = NAMES.canonical(file_name)
-            if file_name.endswith(".rotary_emb.inv_freq"):
-                continue  # follows from rope_theta
-            if name == "head.weight" and spec.tie_word_embeddings:
-                continue  # a copy of the embedding
-            if name is None:
-                unknown.append(file_name)
-            if (name or file_name) in tensors:
-                raise CheckpointError(f"{directory}: {brief(file_name)} is in more than one file")
-            tensors[name or file_name] = tensor
-    require_readable(tensors, source, sorted(tensors.keys() - set(unknown)))
+    beside = weights if weights.is_dir() else weights.parent
+    quantisation, said_in = find_quantisation((beside, model_dir))
+    files = [weights]
+    if weights.is_dir() and not (files := _find_weights(weights, quantisation is not None)):
+        raise CheckpointError(
+            f"{weights} has a config.json and no weights; needed one of "
+            f"{', '.join(name for pair in _WEIGHTS for name in pair)}"
+        )
+    tensors, more = _canonical_tensors(files, spec, quantisation, source)
+    configs = [config_file for config_file in (model_dir / "config.json", said_in) if config_file]
     return FileCheckpoint(
         kind="hf",
         source=source,
         spec=spec,
-        generation=read_generation(directory, config),
+        generation=read_generation(model_dir, config),
         tensors=tensors,
-        read_tokenizer=lambda: read_tokenizer_files(directory, TOKENIZER_FILES),
-        weight_files=(directory / "config.json", *files),
-        remarks=tuple(notes),
+        read_tokenizer=lambda: read_tokenizer_files(model_dir, TOKENIZER_FILES),
+        weight_files=tuple(dict.fromkeys((*configs, *files))),
+        remarks=(*notes, *more),
     )
+
+
+def _canonical_tensors(
+    files: list[Path], spec: ModelSpec, quantisation: Quantisation | None, source: str
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Tensors by canonical name (their own where they have none), and notes on them."""
+    named = _read(files)
+    layers = take_layers(named)
+    notes = []
+    if layers and quantisation is None:
+        quantisation = guess_quantisation(layers)
+        notes.append(
+            f"no config says how {source} was quantised: {quantisation.method}, by its tensors"
+        )
+    linears: dict[str, PackedLinear] = {}
+    for layer, parts in layers.items():
+        if f"{layer}.weight" in named:
+            raise CheckpointError(f"{source}: {layer} is there both quantised and not")
+        assert quantisation is not None
+        linears[f"{layer}.weight"] = quantised_linear(f"{source}: {layer}", parts, quantisation)
+    tensors: dict[str, StoredTensor] = {}
+    known = []
+    expected = {weight.name for weight in checkpoint_weights(spec)}
+    for file_name, tensor in (named | linears).items():
+        name = NAMES.canonical(file_name)
+        if file_name.endswith(".rotary_emb.inv_freq"):
+            continue  # follows from rope_theta
+        if name == "head.weight" and spec.tie_word_embeddings:
+            continue  # a copy of the embedding
+        layer, _, kind = file_name.rpartition(".")
+        if kind == "bias" and f"{layer}.weight" in linears and name not in expected:
+            assert isinstance(tensor, DenseTensor)
+            if not any(part.any() for part in tensor.parts):
+                continue  # AutoGPTQ gives every layer a bias, of zeros where the model has none
+        if name:
+            known.append(name)
+        tensors[name or file_name] = tensor
+    require_readable(tensors, source, sorted(known))
+    return tensors, notes + inexact_notes(linears.values())
+
+
+def _read(files: list[Path]) -> dict[str, DenseTensor]:
+    """The tensors of all files by their own names."""
+    named: dict[str, DenseTensor] = {}
+    for path in files:
+        read = read_safetensors if path.suffix == ".safetensors" else read_torch_zip
+        for name, tensor in read(path).items():
+            if name in named:
+                raise CheckpointError(f"{path.parent}: {brief(name)} is in more than one file")
+            named[name] = tensor
+    return named
 
 
 def read_tokenizer_files(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -89,16 +176,16 @@ def read_tokenizer_files(directory: Path, names: tuple[str, ...]) -> dict[str, b
     return {path.name: read_bytes(path, _LARGEST_TOKENIZER) for path in paths if path.is_file()}
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _find_weights(directory: Path, is_quantised: bool) -> list[Path]:
+    """The files that hold a directory's weights; none if there are none."""
     for single, index in _WEIGHTS:
         if (directory / single).is_file():
             return [directory / single]
         if (directory / index).is_file():
             return _indexed_files(directory / index)
-    raise CheckpointError(
-        f"{directory} has a config.json and no weights; needed one of "
-        f"{', '.join(name for pair in _WEIGHTS for name in pair)}"
-    )
+    # Quantising tools had names of their own, such as gptq_model-4bit-128g.safetensors.
+    alone = list(directory.glob("*.safetensors")) if is_quantised else []
+    return alone if len(alone) == 1 else []
 
 
 def _indexed_files(index: Path) -> list[Path]:

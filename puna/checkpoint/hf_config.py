@@ -1,7 +1,8 @@
 """config.json and generation_config.json of a Hugging Face checkpoint, as ModelSpec and defaults.
 
 Decides what the many spellings and omissions of these files mean (always what transformers 5 does
-with them) and which models are refused. Reads no weights.
+with them) and which models are refused. Reads no weights; `quantization_config` is read in
+`hf_quant_config`.
 """
 
 from __future__ import annotations
@@ -64,15 +65,6 @@ def _refuse_other_models(config: Fields) -> None:
         raise CheckpointError(
             f"{config.where}: this is {brief(named[0] if isinstance(named, list) else named)}; "
             f"puna builds {' and '.join(_ARCHITECTURES)} only"
-        )
-    if config.has("quantization_config"):
-        method = config.object("quantization_config")
-        name = (
-            method.data.get("quant_method") or method.data.get("quant_algo") or "of unknown method"
-        )
-        raise CheckpointError(
-            f"{config.where}: the weights are quantised ({brief(name)}), which puna does not read; "
-            "use the unquantised checkpoint with --quant, or a GGUF file"
         )
     activation = config.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):

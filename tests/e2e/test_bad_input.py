@@ -95,8 +95,8 @@ CHECKPOINT_DAMAGE = {
         "this is 'MistralForCausalLM'; puna builds LlamaForCausalLM",
     ),
     "quantised": (
-        edit_json("config.json", quantization_config={"quant_method": "gptq"}),
-        "the weights are quantised ('gptq')",
+        edit_json("config.json", quantization_config={"quant_method": "fp8"}),
+        "the weights are quantised ('fp8')",
     ),
     "layers": (edit_json("config.json", num_hidden_layers=3), "missing: layers.2.attn.k.weight, "),
     "heads": (edit_json("config.json", num_key_value_heads=3), "not a multiple of num_kv_heads"),

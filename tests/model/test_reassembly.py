@@ -221,7 +221,7 @@ def write_gguf(path: Path, kind: str) -> Path:
 def check_integers(engine: Path, checkpoint: Path) -> None:
     config, opened, stored = read_config(engine), open_checkpoint(checkpoint), read_rank(engine, 0)
     for weight in rank_weights(config, 0):
-        if not weight.weight.is_matrix:
+        if not weight.weight.is_matrix or weight.format.is_dense:
             continue
         prefix = f"{weight.name}."
         arrays = {n.removeprefix(prefix): stored[n] for n in stored if n.startswith(prefix)}

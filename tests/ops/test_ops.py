@@ -336,6 +336,7 @@ def test_copy_blocks_reads_everything_before_it_writes(
         *("float32", "float16", "bfloat16"),
         *("int8", "int8-g16", "int8-g48", "int8-g32-min", "int8-g16-f32"),
         *("int4", "int4-g16", "int4-g32", "int4-g32-min", "int4-g32-min-f32", "int4-g128"),
+        *("int4-min", "int8-min", "int4-g64-f32", "int4-g128-min-f32", "int8-g64-min-f32"),
     ],
 )
 def test_loaded_formats_multiply_as_their_values(

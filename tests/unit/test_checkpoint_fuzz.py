@@ -1,7 +1,7 @@
 """Damaged headers: a PunaError or a correct result, never another exception, a hang or huge memory.
 
-A thousand examples in all. The address space is limited while they run, so an allocation of what a
-header merely claims is a MemoryError, and that fails.
+1,250 examples in all. The address space is limited while they run, so an allocation of what
+a header merely claims is a MemoryError, and that fails.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from checkpoint_writers import hf_config, tiny_weights, write_gguf, write_hf, write_meta
+from quantised_writers import How, write_quantised
 
 from puna.checkpoint import open_checkpoint
 from puna.errors import PunaError
@@ -24,6 +25,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 SECONDS = 10
+QUANTISED = ("gptq", "awq", "compressed-tensors")
 HEADROOM = 1 << 30  # bytes of address space beyond what the process has
 LITTLE = "little"
 
@@ -68,6 +70,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hf(root / "one", weights)
     write_hf(root / "bin", weights, "bin")
     write_meta(root / "meta", weights, 2)
+    for method in QUANTISED:
+        write_quantised(root / method, weights, How(method, is_symmetric=False))
     types = {
         "layers.0.attn.q.weight": "Q8_0",
         "layers.0.mlp.up.weight": "Q4_1",
@@ -182,6 +186,57 @@ def test_safetensors_header_values(forms: Path, where: list[int], new: list[Any]
         return len(header).to_bytes(8, LITTLE) + header + data[size:]
 
     fuzz(forms, "one", "model.safetensors", change)
+
+
+@few
+@hypothesis.given(form=st.sampled_from(QUANTISED), where=places, new=replacements)
+def test_quantised_header_values(forms: Path, form: str, where: list[int], new: list[Any]) -> None:
+    """Shapes and types that make other layers, or none."""
+
+    def change(data: bytes) -> bytes:
+        size = header_size(data)
+        header = json.loads(data[8:size])
+        names = [name for name in header if "q_proj" in name]
+        for i, value in zip(where, new, strict=False):
+            name = names[i % len(names)]
+            shape = json.loads(data[8:size])[name]["shape"]
+            shapes = (
+                shape[::-1],
+                [1, *shape],
+                shape[:1] + [n // 2 for n in shape[1:]] + [2],
+                value,
+            )
+            header[name]["shape"] = shapes[i // len(names) % len(shapes)]
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, LITTLE) + text + data[size:]
+
+    fuzz(forms, form, "model.safetensors", change)
+
+
+@few
+@hypothesis.given(
+    form=st.sampled_from(QUANTISED), at=st.floats(0, 1), where=places, new=replacements
+)
+def test_quantised_config_and_numbers(
+    forms: Path, form: str, at: float, where: list[int], new: list[Any]
+) -> None:
+    def change(data: bytes) -> bytes:
+        config = json.loads(data)
+        said = config["quantization_config"]
+        if groups := said.get("config_groups"):
+            weights = groups["group_0"]["weights"]
+            groups["group_0"]["weights"] = with_values(weights, where[1:], new)
+        config["quantization_config"] = with_values(said, where[:1], new[2:])
+        return json.dumps(config).encode()
+
+    fuzz(forms, form, "config.json", change)
+    # Numbers, not only headers: group indices, shapes and scales may be anything.
+    fuzz(
+        forms,
+        form,
+        "model.safetensors",
+        lambda d: damaged(d, -int(at * len(d)) - 9, [(at, b"x" * 4)], None),
+    )
 
 
 @few
