@@ -19,6 +19,7 @@ from puna import build
 from puna.builder import open_source
 from puna.checkpoint import Checkpoint
 from puna.checkpoint.dummy import DummyCheckpoint
+from puna.checkpoint.hf import open_quantised
 from puna.checkpoint.meta import open_meta
 from puna.checkpoint.stored import FileCheckpoint
 from puna.cli import exit_status
@@ -27,7 +28,7 @@ from puna.cli.progress import byte_bar
 from puna.errors import ConfigError
 from puna.memory import human_bytes
 from puna.output import is_engine
-from puna.plan import BuildConfig, warnings
+from puna.plan import BuildConfig, Quant, warnings
 from puna.spec import ModelSpec, RopeSpec
 
 # The shape of a model without a checkpoint, by its name in ModelSpec.
@@ -50,14 +51,24 @@ def parallel(flags: Flags) -> tuple[int, int]:
     return tp_size, pp_size
 
 
+def quantisation(flags: Flags) -> tuple[Quant, int | None]:
+    """(quant, group_size). What a checkpoint holds in integers is kept: auto."""
+    precision = flags["weight_only_precision"]
+    if "use_weight_only" not in flags:
+        return "auto", None
+    if precision in ("int8", "int4"):
+        return precision, flags["group_size"] if "per_group" in flags else 0
+    has_checkpoint = "model_dir" in flags or "meta_ckpt_dir" in flags
+    return ("auto", None) if has_checkpoint else ("int4", flags["group_size"])
+
+
 def build_config(flags: Flags) -> BuildConfig:
     tp_size, pp_size = parallel(flags)
-    precision = flags["weight_only_precision"] if "use_weight_only" in flags else None
-    is_quantised = precision in ("int8", "int4")  # here; those of the checkpoint are kept
+    quant, group_size = quantisation(flags)
     return BuildConfig(
         dtype=flags["dtype"],
-        quant=precision if is_quantised else "auto",
-        group_size=(flags["group_size"] if "per_group" in flags else 0) if is_quantised else None,
+        quant=quant,
+        group_size=group_size,
         kv_dtype="int8" if "int8_kv_cache" in flags else "auto",
         tp_size=tp_size,
         pp_size=pp_size,
@@ -109,6 +120,9 @@ def opened(flags: Flags) -> Iterator[Checkpoint]:
                 "directory with params.json and consolidated.00.pth, or use --model_dir"
             )
         checkpoint: Checkpoint = open_meta(path, str(path))
+    elif "quant_ckpt_path" in flags:
+        path = flags["quant_ckpt_path"]
+        checkpoint = open_quantised(Path(path), Path(flags["model_dir"]), path)
     elif "model_dir" in flags:
         checkpoint = open_source(flags["model_dir"])
     else:
@@ -169,14 +183,15 @@ def scaled(spec: ModelSpec, flags: Flags) -> ModelSpec:
 
 def check_kept(flags: Flags, checkpoint: Checkpoint) -> None:
     """ConfigError unless the checkpoint holds the integers that int4_awq or int4_gptq asks for."""
-    precision = flags["weight_only_precision"]
-    if "use_weight_only" not in flags or precision in ("int8", "int4"):
+    if quantisation(flags) != ("auto", None) or "use_weight_only" not in flags:
         return
     found = checkpoint.format("layers.0.attn.q.weight")
     if found.is_dense or found.bits != 4:
+        why = "".join(f" ({note})" for note in checkpoint.notes())
         raise ConfigError(
-            f"--weight_only_precision {precision}: {checkpoint.source} holds {found.name} weights; "
-            "name a GPTQ or AWQ checkpoint, or let puna quantise with --weight_only_precision int4"
+            f"--weight_only_precision {flags['weight_only_precision']}: the layers of "
+            f"{checkpoint.source} are {found.name}{why}: name a GPTQ or AWQ checkpoint of 4 bits, "
+            "or quantise with --weight_only_precision int4"
         )
     if "group_size" in flags and flags["group_size"] != found.group_size:
         raise ConfigError(
