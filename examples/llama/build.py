@@ -207,9 +207,7 @@ def run(flags: Flags) -> int:
     bar = byte_bar("building") if flags.is_talkative else nullcontext()
     with opened(flags) as checkpoint, bar as progress:
         check_kept(flags, checkpoint)
-        result = build(
-            checkpoint, out, config, processes=processes, force=bool(replaced), progress=progress
-        )
+        result = build(checkpoint, out, config, processes=processes, force=True, progress=progress)
     print_notes([*flags.notes(NOTES), *warnings(result.config), *replaced])
     if flags["log_level"] == "verbose":
         print_plan(result.config)

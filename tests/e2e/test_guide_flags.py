@@ -1,0 +1,490 @@
+"""Every flag of the LLaMA guide does something, or is accepted with a note, or refused with advice.
+
+The scripts of examples/llama run in this process here; `test_guide` runs them as users do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_writers import SPEC, write_meta
+from quantised_writers import How, quantised_layers, save, tensors_of
+from small_models import ROOT, Ran, weights, write_checkpoint
+
+import puna.builder
+from puna.cli import exit_status
+from puna.engine import read_config
+from puna.tokenizer import load_tokenizer
+
+EXAMPLES = ROOT / "examples" / "llama"
+SCRIPTS = ("flags", "build_flags", "build", "run", "summarize")
+Script = Callable[..., Ran]
+
+# A flag, and how config.json shows what it does; `{}` is a folder with checkpoints.
+BUILD_EFFECTS = {
+    "world_size": ("--world_size 2", "tp_size", 2),
+    "tp_size": ("--tp_size 2", "tp_size", 2),
+    "pp_size": ("--pp_size 2", "pp_size", 2),
+    "model_dir": ("--model_dir {}/hf", "provenance.kind", "hf"),
+    "meta_ckpt_dir": ("--meta_ckpt_dir {}/meta", "provenance.kind", "meta"),
+    "quant_ckpt_path": (
+        "--model_dir {}/hf --quant_ckpt_path {}/gptq.safetensors",
+        "weights.layers.0.attn.q.weight.format",
+        "int4-g16",
+    ),
+    "dtype": ("--dtype float32", "dtype", "float32"),
+    "vocab_size": ("--vocab_size 77", "spec.vocab_size", 77),
+    "n_layer": ("--n_layer 3", "spec.num_layers", 3),
+    "n_positions": ("--n_positions 99", "spec.max_position_embeddings", 99),
+    "n_embd": ("--n_embd 96", "spec.hidden_size", 96),
+    "n_head": ("--n_head 8", "spec.num_heads", 8),
+    "n_kv_head": ("--n_kv_head 2", "spec.num_kv_heads", 2),
+    "multiple_of": ("--multiple_of 100", "spec.intermediate_size", 200),
+    "ffn_dim_multiplier": ("--ffn_dim_multiplier 2.5", "spec.intermediate_size", 512),
+    "inter_size": ("--inter_size 130", "spec.intermediate_size", 130),
+    "rms_norm_eps": ("--rms_norm_eps 1e-3", "spec.rms_norm_eps", 1e-3),
+    "rotary_base": ("--rotary_base 5e5", "spec.rope.theta", 5e5),
+    "rotary_scaling": ("--rotary_scaling linear 2.0", "spec.rope.factor", 2.0),
+    "max_batch_size": ("--max_batch_size 3", "limits.max_batch_size", 3),
+    "max_input_len": ("--max_input_len 100", "limits.max_seq_len", 612),
+    "max_output_len": ("--max_output_len 100", "limits.max_seq_len", 2148),
+    "max_beam_width": ("--max_beam_width 4", "limits.max_batch_size", 32),
+    "max_num_tokens": ("--max_num_tokens 64", "limits.max_num_tokens", 64),
+    "use_weight_only": ("--use_weight_only", "quant", "int8"),
+    "weight_only_precision": ("--use_weight_only --weight_only_precision int4", "quant", "int4"),
+    "per_group": (
+        "--use_weight_only --weight_only_precision int4 --per_group",
+        "quant",
+        "int4-g128",
+    ),
+    "group_size": ("--use_weight_only --per_group --group_size 32", "quant", "int8-g32"),
+    "int8_kv_cache": ("--int8_kv_cache", "kv_dtype", "int8"),
+}
+BUILD_NOTES = {
+    "use_gpt_attention_plugin": "--use_gpt_attention_plugin float16",
+    "use_gemm_plugin": "--use_gemm_plugin",
+    "use_rmsnorm_plugin": "--use_rmsnorm_plugin",
+    "enable_context_fmha": "--enable_context_fmha",
+    "enable_context_fmha_fp32_acc": "--enable_context_fmha_fp32_acc",
+    "multi_block_mode": "--multi_block_mode",
+    "remove_input_padding": "--remove_input_padding",
+    "paged_kv_cache": "--paged_kv_cache",
+    "tokens_per_block": "--tokens_per_block 64",
+    "use_inflight_batching": "--use_inflight_batching",
+    "use_custom_all_reduce": "--use_custom_all_reduce",
+    "use_parallel_embedding": "--use_parallel_embedding",
+    "embedding_sharding_dim": "--embedding_sharding_dim 1",
+    "load_by_shard": "--load_by_shard",
+    "timing_cache": "--timing_cache model.cache",
+    "builder_opt": "--builder_opt 4",
+    "gpus_per_node": "--gpus_per_node 4",
+    "strongly_typed": "--strongly_typed",
+}
+BUILD_REFUSED = {
+    "ft_model_dir": ("--ft_model_dir ft", "--meta_ckpt_dir"),
+    "fp8_kv_cache": ("--fp8_kv_cache", "--int8_kv_cache"),
+    "enable_fp8": ("--enable_fp8", "--use_weight_only"),
+    "quantized_fp8_model_path": ("--quantized_fp8_model_path a.npz", "--use_weight_only"),
+    "use_smooth_quant": ("--use_smooth_quant", "--use_weight_only"),
+    "per_channel": ("--per_channel", "--use_weight_only"),
+    "per_token": ("--per_token", "--use_weight_only"),
+    "visualize": ("--visualize", "puna inspect"),
+    "enable_debug_output": ("--enable_debug_output", "--device reference"),
+}
+# Shown by tests of their own below.
+BUILD_OTHERS = {"hidden_act", "parallel_build", "log_level", "output_dir"}
+BUILD_FLAGS = {*BUILD_EFFECTS, *BUILD_NOTES, *BUILD_REFUSED, *BUILD_OTHERS}
+RUN_FLAGS = """
+    max_output_len log_level engine_dir tokenizer_dir input_text input_tokens output_csv output_npy
+    num_beams streaming streaming_interval input_file temperature top_k top_p length_penalty
+    repetition_penalty max_kv_cache_len
+"""
+SUMMARIZE_FLAGS = """
+    hf_model_location test_hf test_trt_llm data_type dataset_path log_level engine_dir batch_size
+    max_ite check_accuracy tensorrt_llm_rouge1_threshold num_beams top_k output_len
+"""
+SHAPE = "--n_layer 2 --n_embd 64 --n_head 4 --vocab_size 90"
+CONTRADICTIONS = {
+    "--world_size 4 --tp_size 2": "is not tp_size 2 x pp_size 1",
+    "--use_weight_only --use_smooth_quant": "exclude each other",
+    "--enable_context_fmha --enable_context_fmha_fp32_acc": "exclude each other",
+    "--model_dir a --meta_ckpt_dir b": "exclude each other",
+    "--weight_only_precision int4": "needs --use_weight_only",
+    "--use_weight_only --group_size 64": "needs --per_group",
+    "--quant_ckpt_path a.safetensors": "needs --model_dir",
+    "--dtype bfloat16 --use_gemm_plugin float16": "contradicts --dtype bfloat16",
+    "--hidden_act gelu": "silu",
+    "--rotary_scaling yarn 2": "needed linear or dynamic",
+    "--rotary_scaling linear 0.5": "a factor above 1",
+    "--n_embd 65": "is not a multiple of --n_head 4",
+    "--model_dir {}/hf --n_layer 7": "the checkpoint says 2",
+    "--model_dir {}/hf --multiple_of 1024": "the checkpoint says 96",
+    "--meta_ckpt_dir {}/hf": "no Meta checkpoint",
+    "--model_dir {}/nothing": "does not exist",
+    "--model_dir {}/hf --use_weight_only --weight_only_precision int4_gptq": "layers of .* float32",
+    "--tp_size 3": "cannot be split over tp 3",
+    "--output_dir {}/hf": "is not a puna engine",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[dict[str, ModuleType]]:
+    """The scripts, which import each other by their plain names."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield {name: importlib.import_module(name) for name in SCRIPTS}
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def script(modules: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> Script:
+    """script(name, command line): run one in this process."""
+
+    def run(name: str, command: str) -> Ran:
+        capsys.readouterr()
+        module = modules[name]
+        parser = modules["build_flags"].parser if name == "build" else module.parser
+        words = [word.replace("␣", " ") for word in command.split()]
+        try:
+            status: object = exit_status(
+                lambda: module.run(modules["flags"].Flags(parser(), module.DEFAULTS, words))
+            )
+        except SystemExit as error:
+            status = error.code
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf, meta and gptq.safetensors, which has hf's layers in groups of 16."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoint(path / "hf")
+    write_meta(path / "meta", weights(), vocab_size=300)
+    how = How("gptq", bits=4, group_size=16)
+    layers = quantised_layers(weights(), how)
+    save(path / "gptq.safetensors", tensors_of(weights(), layers, how))
+    return path
+
+
+def names(parser: Any) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help"}
+
+
+def test_the_flags_are_the_guides(modules: dict[str, ModuleType]) -> None:
+    assert names(modules["build_flags"].parser()) == BUILD_FLAGS
+    assert names(modules["run"].parser()) >= set(RUN_FLAGS.split())
+    assert names(modules["summarize"].parser()) >= set(SUMMARIZE_FLAGS.split())
+    guide = ROOT.parent / "shared" / "guide" / "LLAMA_GUIDE.md"
+    if not guide.is_file():
+        return
+    table = guide.read_text().partition("to support under the same names")[2]
+    listed = re.split(r"(?:build|run|summarize)\.py: ", table.partition("\nA flag that")[0])[1:]
+    for text, flags in zip(
+        listed, (BUILD_FLAGS, set(RUN_FLAGS.split()), set(SUMMARIZE_FLAGS.split())), strict=True
+    ):
+        found = {re.match(r"\w+", item.split("versions ")[-1].strip())[0] for item in _items(text)}  # type: ignore
+        assert found == flags, found ^ flags
+
+
+def _items(text: str) -> list[str]:
+    """The flags of a list, without what stands in brackets or quotes after them."""
+    plain = re.sub(r"\(.*?\)|\{.*?\}|\[.*?\]|\".*?\"", "", text, flags=re.DOTALL)
+    return [item for item in plain.replace("\n", " ").strip(" .").split(",") if item.strip()]
+
+
+def look_up(config: Any, path: str) -> Any:
+    """A value of config.json by its path, in which a weight's name may have dots."""
+    if not path:
+        return config
+    key = next(key for key in config if path == key or path.startswith(f"{key}."))
+    return look_up(config[key], path[len(key) + 1 :])
+
+
+@pytest.mark.parametrize("flag", BUILD_EFFECTS)
+def test_flag_that_changes_the_engine(
+    flag: str, script: Script, checkpoints: Path, tmp_path: Path
+) -> None:
+    arguments, path, value = BUILD_EFFECTS[flag]
+    shape = "" if "_dir" in arguments else SHAPE
+    built = script(
+        "build", f"{shape} {arguments.format(*[checkpoints] * 2)} --output_dir {tmp_path}/e"
+    )
+    assert built.status == 0, built.err
+    assert look_up(json.loads((tmp_path / "e" / "config.json").read_text()), path) == value
+    assert script("build", f"{SHAPE} --output_dir {tmp_path}/plain").status == 0
+    plain = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert look_up(plain, path) != value
+
+
+@pytest.mark.parametrize("flag", BUILD_NOTES)
+def test_flag_that_changes_nothing_says_so(flag: str, script: Script, tmp_path: Path) -> None:
+    plain = script("build", f"{SHAPE} --output_dir {tmp_path}/plain")
+    built = script("build", f"{SHAPE} {BUILD_NOTES[flag]} --output_dir {tmp_path}/e")
+    assert built.status == 0 and plain.status == 0
+    assert (built.err.count("\n"), plain.err.count("\n")) == (1, 1)
+    assert f"note: {flag}: " in built.err and flag not in plain.err
+    assert read_config(tmp_path / "e") == read_config(tmp_path / "plain")
+
+
+def test_all_notes_are_one_line(script: Script, tmp_path: Path) -> None:
+    given = " ".join(set(BUILD_NOTES.values()) - {"--enable_context_fmha"})
+    for _ in range(2):
+        built = script("build", f"{SHAPE} {given} --output_dir {tmp_path}/e")
+    assert built.status == 0 and built.err.count("\n") == 1
+    for text in (*BUILD_NOTES.keys() - {"enable_context_fmha"}, "max_seq_len 2560", "replaced"):
+        assert text in built.err
+
+
+@pytest.mark.parametrize("flag", BUILD_REFUSED)
+def test_flag_that_is_refused(flag: str, script: Script, tmp_path: Path) -> None:
+    arguments, advice = BUILD_REFUSED[flag]
+    found = script("build", f"{SHAPE} {arguments} --output_dir {tmp_path}/e")
+    assert (found.status, found.out, found.err.count("\n")) == (2, "", 1)
+    assert f"--{flag} asks for what puna does not have" in found.err and advice in found.err
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("arguments", CONTRADICTIONS)
+def test_contradiction(arguments: str, script: Script, checkpoints: Path, tmp_path: Path) -> None:
+    shape = "" if "model_dir" in arguments or "--meta" in arguments else SHAPE
+    out = "" if "--output_dir" in arguments else f"--output_dir {tmp_path}/e"
+    found = script("build", f"{shape} {arguments.format(checkpoints)} {out}")
+    assert (found.status, found.out, found.err.count("\n")) == (2, "", 1), found
+    assert re.search(CONTRADICTIONS[arguments], found.err), found.err
+
+
+def test_values_that_are_the_checkpoints_are_welcome(
+    script: Script, checkpoints: Path, tmp_path: Path
+) -> None:
+    same = f"--n_layer {SPEC.num_layers} --inter_size 96 --hidden_act silu --vocab_size 300"
+    found = script("build", f"--model_dir {checkpoints}/hf {same} --output_dir {tmp_path}/e")
+    assert found.status == 0, found
+    scaled = "--rotary_scaling dynamic 4"
+    found = script("build", f"--model_dir {checkpoints}/hf {scaled} --output_dir {tmp_path}/e")
+    assert found.status == 0 and read_config(tmp_path / "e").spec.rope.type == "dynamic"
+
+
+def test_parallel_build(
+    script: Script, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process a rank, at most as many as there are CPUs; the same bytes."""
+    calls: list[int] = []
+    write = puna.builder.write_ranks_in_processes
+
+    def spy(task: Any, num_processes: int, *rest: Any) -> None:
+        calls.append(num_processes)
+        write(task, num_processes, *rest)
+
+    monkeypatch.setattr(puna.builder, "write_ranks_in_processes", spy)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    command = f"--model_dir {checkpoints}/hf --world_size 4 --output_dir {tmp_path}"
+    assert script("build", f"{command}/one").status == 0 and not calls
+    assert script("build", f"{command}/many --parallel_build").status == 0 and calls == [2]
+    for path in (tmp_path / "one").glob("*.*"):
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+
+
+def test_log_level(script: Script, tmp_path: Path) -> None:
+    command = f"{SHAPE} --output_dir {tmp_path}/e --use_gemm_plugin --log_level"
+    talkative, quiet = script("build", f"{command} info"), script("build", f"{command} error")
+    assert f"{tmp_path}/e: " in talkative.out and quiet.out == ""
+    assert "use_gemm_plugin" in quiet.err
+    assert "kv_cache_tokens" in script("build", f"{command} verbose").out
+
+
+def test_what_the_flags_say_of_gptq(script: Script, checkpoints: Path, tmp_path: Path) -> None:
+    command = (
+        f"--model_dir {checkpoints}/hf --quant_ckpt_path {checkpoints}/gptq.safetensors "
+        f"--use_weight_only --weight_only_precision int4_gptq --per_group --output_dir {tmp_path}/e"
+    )
+    assert script("build", f"{command} --group_size 16").status == 0
+    assert "the checkpoint has int4-g16" in script("build", f"{command} --group_size 64").err
+    dummy = f"{SHAPE} --use_weight_only --weight_only_precision int4_awq --output_dir {tmp_path}/d"
+    assert script("build", dummy).status == 0
+    assert read_config(tmp_path / "d").quant == "int4-g128"
+
+
+@pytest.fixture(scope="module")
+def text_engine(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines") / "engine"
+    return puna.builder.build(checkpoints / "hf", out).path
+
+
+@pytest.fixture
+def answer(script: Script, text_engine: Path) -> Script:
+    def run(arguments: str) -> Ran:
+        found = script("run", f"--max_output_len=9 --engine_dir {text_engine} {arguments}")
+        assert found.status == 0, found
+        return found
+
+    return run
+
+
+def lines(found: Ran, kind: str = "Output") -> list[str]:
+    return re.findall(rf'^{kind}: "(.*?)"$', found.out, re.MULTILINE | re.DOTALL)
+
+
+def test_prompts_and_outputs(answer: Script, text_engine: Path, tmp_path: Path) -> None:
+    assert lines(answer(""), "Input") == ["Born in north-east France, Soyer trained as a"]
+    both = answer("--input_text One␣day Two")
+    assert lines(both, "Input") == ["One day", "Two"] and len(set(lines(both))) == 2
+    (tmp_path / "a.txt").write_text("One day\n")
+    assert lines(answer(f"--input_file {tmp_path}/a.txt")) == lines(both)[:1]
+
+    answer(
+        f"--input_text One␣day Two --output_csv {tmp_path}/x/a.csv --output_npy {tmp_path}/a.npy"
+    )
+    rows = np.load(tmp_path / "a.npy")
+    assert rows.dtype == np.int32 and len(rows) == 2
+    assert (np.loadtxt(tmp_path / "x" / "a.csv", delimiter=",", dtype=int) == rows).all()
+    for suffix in ("csv", "npy"):
+        path = tmp_path / f"in.{suffix}"
+        ids = [list(b"One day")]
+        if suffix == "csv":
+            path.write_text("\n".join(",".join(map(str, row)) for row in ids))
+        else:
+            np.save(path, np.array(ids))
+        for flag in ("input_tokens", "input_file"):
+            found = answer(f"--{flag} {path}")
+            assert lines(found, "Input") == ["One day"] and len(lines(found)) == 1
+
+
+def test_files_that_cannot_be_read(script: Script, text_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("1,two\n")
+    np.save(tmp_path / "float.npy", np.ones((1, 3)))
+    (tmp_path / "empty.csv").write_text("")
+    for name in ("bad.csv", "float.npy", "empty.csv", "missing.csv", "odd.json"):
+        found = script(
+            "run",
+            f"--max_output_len=9 --engine_dir {text_engine} --input_tokens {tmp_path}/{name}",
+        )
+        assert (found.status, found.err.count("\n")) == (2, 1) and name in found.err
+
+
+def test_sampling_flags(answer: Script) -> None:
+    greedy = lines(answer(""))
+    assert lines(answer("--top_k 0 --top_p 0.0")) == greedy == lines(answer("--temperature 5"))
+    sampled = lines(answer("--top_k 0 --top_p 1.0"))
+    assert sampled != greedy and sampled == lines(answer("--top_k 0 --top_p 1.0"))
+    assert lines(answer("--top_k 40")) != greedy
+    assert lines(answer("--top_k 40 --temperature 0.01")) == greedy
+    assert lines(answer("--top_k 40 --top_p 0.000001")) == greedy
+    assert lines(answer("--repetition_penalty 5")) != greedy
+
+
+def test_beams(answer: Script) -> None:
+    beams = lines(answer("--num_beams 3"))
+    assert len(set(beams)) == 3
+    assert lines(answer("--num_beams 3 --length_penalty 8")) != [] and len(beams) == 3
+
+
+def test_streaming(
+    modules: dict[str, ModuleType], text_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pieces(io.StringIO):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_flushed = 0
+
+        def flush(self) -> None:
+            self.num_flushed += 1
+
+    def streamed(arguments: str) -> tuple[str, int]:
+        pieces = Pieces()
+        monkeypatch.setattr(sys, "stdout", pieces)
+        command = f"--max_output_len=20 --engine_dir {text_engine} {arguments}".split()
+        run = modules["run"]
+        assert run.run(modules["flags"].Flags(run.parser(), run.DEFAULTS, command)) == 0
+        return pieces.getvalue(), pieces.num_flushed
+
+    whole, _ = streamed("")
+    (by_five, num_fives), (by_two, num_twos) = (
+        streamed("--streaming"), streamed("--streaming --streaming_interval 2")
+    )  # fmt: skip
+    assert by_five == by_two == whole
+    assert num_twos > num_fives > 2
+
+
+def test_the_other_flags_of_run(
+    answer: Script, script: Script, text_engine: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    assert len(lines(answer("--max_output_len=2"))[0]) < len(lines(answer(""))[0])
+    assert "tokens/s" in answer("--log_level info").out and "tokens/s" not in answer("").out
+    assert "using" in answer(f"--tokenizer_dir {tmp_path}").err
+    assert answer(f"--tokenizer_dir {tokenizer_dir}").err == ""
+    assert "every sequence fits" in answer("--max_kv_cache_len 60").err
+    run = f"--max_output_len=9 --engine_dir {text_engine}"
+    for arguments, reason in (
+        ("--max_kv_cache_len 50", "a sequence may have 5"),
+        ("--streaming --num_beams 2", "exclude each other"),
+        ("--streaming_interval 2", "needs --streaming"),
+        ("--length_penalty 2", "length_penalty is 2.0 without beams"),
+        ("--num_beams 2 --top_k 5", "beam search"),
+        ("--input_text a --input_tokens b.csv", "exclude each other"),
+        ("--streaming --output_csv a.csv", "exclude each other"),
+        (f"--engine_dir {tmp_path}/none", "none"),
+    ):
+        found = script("run", f"{run} {arguments}")
+        assert (found.status, found.out, found.err.count("\n")) == (2, "", 1), found
+        assert reason in found.err, found.err
+    assert "required: --max_output_len" in script("run", f"--engine_dir {text_engine}").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "llama_outputs"),
+        ("--engine_dir e", "summarize e "),
+        ("--hf_model_location m", "--hf-model m"),
+        ("--test_hf", "--test-hf"),
+        ("--data_type bf16", "--data-type bf16"),
+        ("--dataset_path d", "--dataset-path d"),
+        ("--log_level error", "--quiet"),
+        ("--batch_size 3", "--batch-size 3"),
+        ("--batch_size 3", "--max-samples 60"),
+        ("--max_ite 7", "--max-samples 7"),
+        ("--check_accuracy", "--check-accuracy --rouge1-threshold 15.0"),
+        ("--check_accuracy --tensorrt_llm_rouge1_threshold 9", "--rouge1-threshold 9.0"),
+        ("--num_beams 2", "--num-beams 2"),
+        ("--top_k 4", "--top-k 4"),
+        ("--output_len 30", "--output-len 30"),
+    ],
+)
+def test_flags_of_summarize(arguments: str, expected: str, modules: dict[str, ModuleType]) -> None:
+    """They become those of `puna summarize`, which has tests of its own."""
+    summarize = modules["summarize"]
+
+    def command(given: str) -> str:
+        words = f"--test_trt_llm {given}".split()
+        flags = modules["flags"].Flags(summarize.parser(), summarize.DEFAULTS, words)
+        return " ".join(summarize.arguments(flags))
+
+    assert expected in command(arguments)
+    assert not arguments or expected not in command("")
+
+
+def test_what_summarize_refuses(script: Script) -> None:
+    for arguments, reason in (
+        ("", "nothing is to summarize"),
+        ("--test_hf --check_accuracy", "--test_trt_llm"),
+        ("--test_trt_llm --tensorrt_llm_rouge1_threshold 3", "needs --check_accuracy"),
+        ("--test_trt_llm --engine_dir nowhere", "nowhere"),
+    ):
+        found = script("summarize", arguments)
+        assert (found.status, found.out, found.err.count("\n")) == (2, "", 1), found
+        assert reason in found.err
