@@ -354,7 +354,7 @@ def test_prompts_and_outputs(answer: Script, text_engine: Path, tmp_path: Path) 
     assert (np.loadtxt(tmp_path / "x" / "a.csv", delimiter=",", dtype=int) == rows).all()
     for suffix in ("csv", "npy"):
         path = tmp_path / f"in.{suffix}"
-        ids = [list(b"One day")]
+        ids = [load_tokenizer(text_engine / "tokenizer").encode("One day")]
         if suffix == "csv":
             path.write_text("\n".join(",".join(map(str, row)) for row in ids))
         else:
