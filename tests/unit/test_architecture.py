@@ -34,6 +34,7 @@ RUN = [
     ("runtime.lower", "runtime.wire", "models"),
     (
         "runtime.scheduler",
+        "runtime.admission",
         "runtime.beam",
         "runtime.block_pool",
         "runtime.step",
@@ -67,6 +68,7 @@ WITHOUT_NUMPY += tuple(
     for name in (
         "request",
         "block_pool",
+        "admission",
         "beam",
         "scheduler",
         "step",
