@@ -32,6 +32,7 @@ RUN = [
     ("runtime.session",),
     ("runtime.load", "runtime.device", "runtime.comm"),
     ("runtime.lower", "runtime.wire", "models"),
+    ("runtime.lower_sampling",),
     (
         "runtime.scheduler",
         "runtime.admission",
