@@ -19,7 +19,7 @@ class Admission:
 
     num_blocks: int
     block_size: int
-    max_batch_size: int
+    max_beams: int
     max_seq_len: int
     vocab_size: int
 
@@ -66,11 +66,10 @@ class Admission:
         num_beams, num_ends = request.params.num_beams, len(request.stop_token_ids)
         if num_beams == 1:
             return
-        if num_beams > self.max_batch_size:
+        if num_beams > self.max_beams:
             raise RequestError(
-                f"num_beams is {num_beams}; a batch of this engine has room for "
-                f"{self.max_batch_size} sequences: ask for fewer beams, or build with a larger "
-                "--max-batch-size"
+                f"num_beams is {num_beams}; the engine computes at most {self.max_beams} sequences "
+                "at once: ask for fewer, or build with a larger --max-batch-size"
             )
         num_candidates = candidates_for(num_beams, num_ends)
         if num_candidates > self.vocab_size:

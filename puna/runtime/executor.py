@@ -103,15 +103,9 @@ class Executor:
             want_prompt_logits=want_prompt_logits,
             num_prefill=num_prefill,
         )
-        request.lane = self._lane_for(params)
+        request.lane = min(range(len(self.lanes)), key=lambda i: self.lanes[i].num_sequences)
         self.lanes[request.lane].add(request)
         return request
-
-    def _lane_for(self, params: SamplingParams) -> int:
-        """The lane with the fewest sequences, of those with room for all beams in one batch."""
-        # The first is the largest: where none has room, it says so.
-        able = [i for i, lane in enumerate(self.lanes) if lane.max_batch_size >= params.num_beams]
-        return min(able or [0], key=lambda i: self.lanes[i].num_sequences)
 
     def abort(self, request: Request) -> None:
         """End all sequences of a request that have not finished."""

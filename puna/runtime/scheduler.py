@@ -25,7 +25,8 @@ class Scheduler:
     most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only
     decode can run out of blocks; then the sequence that joined last is preempted: it gives up its
     blocks and waits, first in line, to compute its tokens again. The beams of a request join, wait
-    and leave together, and the first stands for all in the queue.
+    and leave together, and the first stands for all in the queue. Up to `max_beams` of them may be
+    more than a batch: then they run alone.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Scheduler:
         max_seq_len: int,
         vocab_size: int,
         max_chunk: int | None = None,
+        max_beams: int | None = None,
     ) -> None:
+        max_beams = max_beams or max_batch_size
         if min(max_batch_size, max_num_tokens) < 1 or max_num_tokens < max_batch_size:
             raise ConfigError(
                 f"max_num_tokens is {max_num_tokens} and max_batch_size {max_batch_size}; a step "
@@ -44,11 +47,12 @@ class Scheduler:
             )
         if max_chunk is not None and max_chunk < 1:
             raise ConfigError(f"max_chunk is {max_chunk}; it must be at least 1")
+        assert max_beams <= max_num_tokens, "beams decode in one step"
         self.pool = pool
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         self.admission = Admission(
-            pool.num_usable, pool.block_size, max_batch_size, max_seq_len, vocab_size
+            pool.num_usable, pool.block_size, max_beams, max_seq_len, vocab_size
         )
         self.max_chunk = max_chunk or max_num_tokens
         self.waiting: deque[Sequence] = deque()
@@ -159,7 +163,7 @@ class Scheduler:
         while may_join and budget and self.waiting and len(self.running) < self.max_batch_size:
             seq = self.waiting[0]
             joining = _all_beams(seq)
-            if len(self.running) + len(joining) > self.max_batch_size:
+            if self.running and len(self.running) + len(joining) > self.max_batch_size:
                 break
             if not self._place(seq, copies, reserve):
                 break

@@ -488,7 +488,7 @@ def test_empty_stdin(engine: Path, refused: Refused, monkeypatch: pytest.MonkeyP
         (("--num-beams", "many"), "invalid int value: 'many'"),
         (
             ("--num-beams", 1000),
-            "num_beams is 1000; a batch of this engine has room for 8 sequences",
+            "num_beams is 1000; the engine computes at most 8 sequences",
         ),
         ((*BEAMS, "--temperature", 0.5), "leave temperature or num_beams out"),
         ((*BEAMS, "--top-k", 5), "leave top_k or num_beams out"),

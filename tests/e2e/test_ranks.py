@@ -59,7 +59,7 @@ prompts = [rng.integers(0, 1003, size=size).tolist() for size in (5, 21, 38, 12,
 with LLM(engine) as llm:
     ends = tuple(rng.integers(0, 1003, size=60).tolist())
     outputs = llm.generate(prompts, [
-        SamplingParams(max_new_tokens=15, num_beams=4, n=4),
+        SamplingParams(max_new_tokens=15, num_beams=5, n=4),  # more than a lane of two has
         SamplingParams(max_new_tokens=15, num_beams=4, n=2, stop_token_ids=ends),
         SamplingParams(
             max_new_tokens=15, num_beams=3, length_penalty=2.0, early_stopping="never",
