@@ -40,10 +40,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def reference(model: Any, prompt: list[int], params: SamplingParams, eos: list[int]) -> Any:
+Found = tuple[list[tuple[int, ...]], list[float]]  # token ids and scores, best first
+
+
+def reference(
+    model: Any, prompts: list[list[int]], params: SamplingParams, eos: list[int]
+) -> list[Found]:
+    """What transformers finds for prompts of equal length, so that none is padded."""
+    token_ids = torch.tensor(prompts)
     out = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        token_ids,
+        attention_mask=torch.ones_like(token_ids),
         do_sample=False,
         max_new_tokens=params.max_new_tokens,
         num_beams=params.num_beams,
@@ -57,10 +64,11 @@ def reference(model: Any, prompt: list[int], params: SamplingParams, eos: list[i
         output_scores=True,
     )
     found = []
-    for row in out.sequences[:, len(prompt) :].tolist():
+    for row in out.sequences[:, token_ids.shape[1] :].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
         found.append(tuple(row[:end]))
-    return found, out.sequences_scores.tolist()
+    n, scores = params.n, out.sequences_scores.tolist()
+    return [(found[i : i + n], scores[i : i + n]) for i in range(0, len(found), n)]
 
 
 class Case(NamedTuple):
@@ -84,7 +92,8 @@ def cases(checkpoint: Path, one_thread: None) -> list[Case]:
     variants: list[list[list[tuple[int, ...]]]] = []
 
     def add(prompt: list[int], params: SamplingParams) -> Case:
-        case = Case(prompt, params, *reference(model, prompt, params, list(params.stop_token_ids)))
+        (expected,) = reference(model, [prompt], params, list(params.stop_token_ids))
+        case = Case(prompt, params, *expected)
         found.append(case)
         return case
 
@@ -189,9 +198,12 @@ def test_smollm2(smollm2_gguf: Path, tmp_path: Path, one_thread: None) -> None:
         together = llm.generate(["Hello"] * 4 + prompts, sampled + [params] * 20)
         assert together == beside + alone
         eos = list(llm.config.generation.eos_token_ids or llm.tokenizer.eos_token_ids)
+        expected: dict[tuple[int, ...], Found] = {}
+        for size in sorted(set(map(len, prompts))):
+            same = [prompt for prompt in prompts if len(prompt) == size]
+            expected |= zip(map(tuple, same), reference(model, same, params, eos), strict=True)
         for prompt, output in zip(prompts, alone, strict=True):
-            expected, scores = reference(model, prompt, params, eos)
-            best = expected[0]
+            (best, *_), scores = expected[tuple(prompt)]
             shown = list(best[:-1] if best[-1] in eos else best)
             assert (output.token_ids, output.text) == (best, llm.tokenizer.decode(shown)), scores
             assert [c.score for c in output.completions] == pytest.approx(scores, abs=1e-4)
