@@ -86,6 +86,7 @@ class LLM:
                     max_num_tokens=limits.max_num_tokens,
                     max_seq_len=limits.max_seq_len,
                     vocab_size=self.config.spec.vocab_size,
+                    max_beams=limits.max_batch_size,
                 )
                 for lane in range(session.num_lanes)
             ]

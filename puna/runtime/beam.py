@@ -31,13 +31,22 @@ class Hypothesis(NamedTuple):
     score: float
 
 
+def candidates_for(num_beams: int, num_end_tokens: int) -> int:
+    """How many best continuations a step looks at: enough for `num_beams` of them to go on even if
+    every beam could end in every way.
+
+    >>> candidates_for(num_beams=4, num_end_tokens=2)
+    12
+    """
+    return max(2, 1 + num_end_tokens) * num_beams
+
+
 class BeamSearch:
     """The beams of one prompt, best first, and the best continuations that have ended.
 
     There is one beam, the prompt, before the first `advance`, and `num_beams` afterwards. Each
-    step looks at the `num_candidates` best continuations of all beams: enough for `num_beams` of
-    them to go on even if every beam could end in every way. Only an end among the best `num_beams`
-    counts.
+    step looks at the `num_candidates` best continuations of all beams; only an end among the best
+    `num_beams` counts.
     """
 
     def __init__(
@@ -53,7 +62,7 @@ class BeamSearch:
         self.early_stopping = early_stopping
         self.end_token_ids = end_token_ids
         self.max_new_tokens = max_new_tokens
-        self.num_candidates = max(2, 1 + len(end_token_ids)) * num_beams
+        self.num_candidates = candidates_for(num_beams, len(end_token_ids))
         self.beams = [Beam(0, (), 0.0)]
         self.finished: list[Hypothesis] = []  # best first, at most num_beams
         self.is_done = False

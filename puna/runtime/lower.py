@@ -2,7 +2,8 @@
 
 Each session has one `Lowering`. It mirrors the sequences from the deltas of the StepPlans, so that
 a plan stays small and a step's arrays are made without a loop over decoding sequences. This is the
-only file that knows both a StepPlan and a ForwardBatch; it knows no device.
+only file that knows both a StepPlan and a ForwardBatch; it knows no device. What the sampler reads
+is kept in `puna.runtime.lower_sampling`.
 
 Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, M most blocks a
 sequence, R rows of the mirror (one a sequence, in no order), C pairs (of blocks; of row and token).
@@ -17,7 +18,7 @@ import numpy as np
 from puna.batch import ForwardBatch
 from puna.ops.sampling import SampleResult, SamplingBatch
 from puna.quant import Array
-from puna.runtime.request import TokenLogprob
+from puna.runtime.lower_sampling import SamplingRows, token_logprobs
 from puna.runtime.step import Branch, Join, PromptLogits, StepPlan, StepResult
 
 
@@ -26,24 +27,8 @@ def _constant(array: Array) -> Array:
     return array
 
 
-_PARAMS = np.dtype(
-    [
-        ("temperature", np.float32),
-        ("top_k", np.int32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("repetition", np.float32),
-        ("presence", np.float32),
-        ("frequency", np.float32),
-        ("seed", np.uint64),
-        ("stream", np.uint32),
-        ("num_logprobs", np.int32),
-        ("is_beam", np.bool_),
-    ]
-)
 _ONE = np.int32(1)
 _NO_COPIES = _constant(np.zeros((0, 2), np.int32))
-_NO_PAIRS = (_constant(np.zeros(0, np.int32)),) * 3
 
 
 @dataclass(frozen=True)
@@ -94,11 +79,9 @@ class Lowering:
         self._is_decoding_R = np.zeros(num_rows, bool)
         self._last_token_R = np.zeros(num_rows, np.int32)
         self._block_table_RM = np.zeros((num_rows, max_blocks), np.int32)
-        self._params_R = np.zeros(num_rows, _PARAMS)
+        self._sampling = SamplingRows(num_rows)
         self._known_tokens: dict[int, Array] = {}  # by row, until the sequence has caught up
         self._prompt_logits: set[int] = set()  # rows
-        # Tokens that sequences with penalties have: by row, token id to times generated.
-        self._seen: dict[int, dict[int, int]] = {}
         self._decoding: _Decoding | None = None
 
     def lower(self, plan: StepPlan) -> LoweredStep:
@@ -126,7 +109,7 @@ class Lowering:
         self.take(step, token_ids)
         return StepResult(
             token_ids=token_ids,
-            logprobs=_token_logprobs(sampled, step.sampling.num_logprobs_L),
+            logprobs=token_logprobs(sampled, step.sampling.num_logprobs_L),
             prompt_logits=tuple(
                 # A copy: the session may compute the next step's logits in the same memory.
                 PromptLogits(seq_id, start, np.array(logits_LV[rows], np.float32))
@@ -137,12 +120,7 @@ class Lowering:
     def take(self, step: LoweredStep, token_ids: tuple[int, ...]) -> None:
         """Take the step's sampled tokens into the mirror, perhaps from the rank that has them."""
         self._last_token_R[step.rows] = token_ids
-        if self._seen:
-            for row, token_id in zip(step.rows.tolist(), token_ids, strict=True):
-                # A beam takes its token from the next plan.
-                if row in self._seen and not self._params_R["is_beam"][row]:
-                    seen = self._seen[row]
-                    seen[token_id] = seen.get(token_id, 0) + 1
+        self._sampling.take(step.rows, token_ids)
 
     def _leave(self, seq_ids: tuple[int, ...]) -> None:
         for seq_id in seq_ids:
@@ -151,7 +129,7 @@ class Lowering:
             self._num_known_R[row] = 0
             self._block_table_RM[row] = 0
             self._known_tokens.pop(row, None)
-            self._seen.pop(row, None)
+            self._sampling.leave(row)
             self._prompt_logits.discard(row)
         self._order = self._order[self._num_known_R[self._order] > 0]
 
@@ -166,15 +144,10 @@ class Lowering:
         self._num_blocks_R[row] = 0
         self._is_decoding_R[row] = False
         self._append_blocks(row, join.block_ids)
-        self._params_R[row] = _params_row(join)
+        self._sampling.join(row, join)
         self._known_tokens[row] = np.array(join.token_ids, np.int32)
         if join.want_prompt_logits:
             self._prompt_logits.add(row)
-        if join.params.has_penalties:
-            seen = dict.fromkeys(join.token_ids, 0)
-            for token_id in join.token_ids[join.num_prompt :]:
-                seen[token_id] += 1
-            self._seen[row] = seen
 
     def _branch(self, branches: tuple[Branch, ...]) -> None:
         """Let beams continue others, or themselves: whatever is read is read before it is written.
@@ -191,13 +164,9 @@ class Lowering:
         self._num_computed_R[rows] = self._num_computed_R[parents]
         self._num_known_R[rows] = self._num_known_R[parents]
         self._last_token_R[rows] = [branch.token_id for branch in branches]
-        seen_by = {row: self._seen[row] for row in parents if row in self._seen}
-        for row, parent, branch in zip(rows, parents, branches, strict=True):
+        self._sampling.branch(rows, parents, branches)
+        for row in rows:
             self._known_tokens.pop(row, None)
-            if parent in seen_by:
-                seen = dict(seen_by[parent])
-                seen[branch.token_id] = seen.get(branch.token_id, 0) + 1
-                self._seen[row] = seen
 
     def _append_blocks(self, row: int, block_ids: tuple[int, ...]) -> None:
         start = int(self._num_blocks_R[row])
@@ -212,7 +181,7 @@ class Lowering:
         if self._decoding is None:
             rows = self._order[self._is_decoding_R[self._order]]
             starts = np.arange(len(rows) + 1, dtype=np.int32)
-            self._decoding = _Decoding(rows, starts, starts[:-1], self._params_R[rows])
+            self._decoding = _Decoding(rows, starts, starts[:-1], self._sampling.params(rows))
         same = self._decoding
         rows = same.rows
         positions_T = self._num_computed_R[rows]
@@ -231,7 +200,7 @@ class Lowering:
                 block_table_SM=self._block_table_RM[rows, :num_blocks],
                 logits_rows_L=same.logits_rows_L,
             ),
-            sampling=self._sampling(rows, same.params, seq_lens_S),
+            sampling=self._sampling.batch(rows, same.params, seq_lens_S),
             copies_C2=_copies(plan),
             sample_rows=None,
             prompt_rows=(),
@@ -285,7 +254,9 @@ class Lowering:
         rows = rows_S[has_caught_up_S]
         step = LoweredStep(
             batch=batch,
-            sampling=self._sampling(rows, self._params_R[rows], seq_lens_S[has_caught_up_S]),
+            sampling=self._sampling.batch(
+                rows, self._sampling.params(rows), seq_lens_S[has_caught_up_S]
+            ),
             copies_C2=_copies(plan),
             sample_rows=sample_rows,
             prompt_rows=prompt_rows,
@@ -328,82 +299,6 @@ class Lowering:
         )
         return np.flatnonzero(is_wanted_T), row_of_T[last_rows_S[has_caught_up_S]], prompt_rows
 
-    def _sampling(self, rows: Array, params: Array, positions: Array) -> SamplingBatch:
-        seen_rows, seen_ids, seen_counts = self._seen_pairs(rows) if self._seen else _NO_PAIRS
-        return SamplingBatch(
-            temperature_L=params["temperature"],
-            top_k_L=params["top_k"],
-            top_p_L=params["top_p"],
-            min_p_L=params["min_p"],
-            repetition_L=params["repetition"],
-            presence_L=params["presence"],
-            frequency_L=params["frequency"],
-            seed_L=params["seed"],
-            stream_L=params["stream"],
-            position_L=positions.astype(np.uint32),
-            num_logprobs_L=params["num_logprobs"],
-            is_beam_L=params["is_beam"],
-            seen_rows_C=seen_rows,
-            seen_ids_C=seen_ids,
-            seen_counts_C=seen_counts,
-        )
-
-    def _seen_pairs(self, rows: Array) -> tuple[Array, Array, Array]:
-        """Of rows with penalties: (index of the row, token id, how often it was generated)."""
-        seen_rows: list[int] = []
-        seen_ids: list[int] = []
-        seen_counts: list[int] = []
-        for i, row in enumerate(rows.tolist()):
-            if seen := self._seen.get(row):
-                seen_rows += [i] * len(seen)
-                seen_ids += seen.keys()
-                seen_counts += seen.values()
-        return (
-            np.array(seen_rows, np.int32),
-            np.array(seen_ids, np.int32),
-            np.array(seen_counts, np.int32),
-        )
-
 
 def _copies(plan: StepPlan) -> Array:
     return np.array(plan.copies, np.int32).reshape(-1, 2) if plan.copies else _NO_COPIES
-
-
-def _params_row(join: Join) -> tuple:
-    params = join.params
-    num_logprobs = -1 if params.logprobs is None else params.logprobs
-    return (
-        params.temperature,
-        params.top_k,
-        params.top_p,
-        params.min_p,
-        params.repetition_penalty,
-        params.presence_penalty,
-        params.frequency_penalty,
-        join.seed,
-        join.stream,
-        join.num_candidates or num_logprobs,
-        bool(join.num_candidates),
-    )
-
-
-def _token_logprobs(
-    sampled: SampleResult, num_logprobs_L: Array
-) -> tuple[TokenLogprob | None, ...]:
-    wanted = num_logprobs_L.tolist()
-    if max(wanted, default=-1) < 0:
-        return ()
-    found: list[TokenLogprob | None] = []
-    for row, num_top in enumerate(wanted):
-        if num_top < 0:
-            found.append(None)
-            continue
-        found.append(
-            TokenLogprob(
-                token_id=int(sampled.token_ids_L[row]),
-                logprob=float(sampled.logprobs_L[row]),
-                top_token_ids=tuple(sampled.top_ids_LK[row, :num_top].tolist()),
-                top_logprobs=tuple(sampled.top_logprobs_LK[row, :num_top].tolist()),
-            )
-        )
-    return tuple(found)

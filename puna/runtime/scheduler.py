@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from itertools import count
 
-from puna.errors import ConfigError, RequestError
+from puna.errors import ConfigError
+from puna.runtime.admission import Admission
 from puna.runtime.beam import Beams
 from puna.runtime.block_pool import NULL_BLOCK, BlockPool
 from puna.runtime.request import Request, Sequence, SequenceEvent, TokenLogprob
@@ -24,7 +25,8 @@ class Scheduler:
     most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only
     decode can run out of blocks; then the sequence that joined last is preempted: it gives up its
     blocks and waits, first in line, to compute its tokens again. The beams of a request join, wait
-    and leave together, and the first stands for all in the queue.
+    and leave together, and the first stands for all in the queue. Up to `max_beams` of them may be
+    more than a batch: then they run alone.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Scheduler:
         max_seq_len: int,
         vocab_size: int,
         max_chunk: int | None = None,
+        max_beams: int | None = None,
     ) -> None:
+        max_beams = max_beams or max_batch_size
         if min(max_batch_size, max_num_tokens) < 1 or max_num_tokens < max_batch_size:
             raise ConfigError(
                 f"max_num_tokens is {max_num_tokens} and max_batch_size {max_batch_size}; a step "
@@ -43,11 +47,13 @@ class Scheduler:
             )
         if max_chunk is not None and max_chunk < 1:
             raise ConfigError(f"max_chunk is {max_chunk}; it must be at least 1")
+        assert max_beams <= max_num_tokens, "beams decode in one step"
         self.pool = pool
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
-        self.max_seq_len = max_seq_len
-        self.vocab_size = vocab_size
+        self.admission = Admission(
+            pool.num_usable, pool.block_size, max_beams, max_seq_len, vocab_size
+        )
         self.max_chunk = max_chunk or max_num_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
@@ -64,79 +70,22 @@ class Scheduler:
     @property
     def num_sequences(self) -> int:
         """Sequences that wait or run, those that wait for another's prompt included."""
-        return sum(1 + len(seq.followers) for seq in (*self.waiting, *self.running))
+        followers = sum(len(seq.followers) for seq in (*self.waiting, *self.running))
+        return sum(len(_all_beams(seq)) for seq in self.waiting) + len(self.running) + followers
 
     def add(self, request: Request) -> None:
         """Queue a request; RequestError if it could never be served."""
-        request.max_new_tokens = self._room(request)
+        request.max_new_tokens = self.admission.room(request)
         num_sequences = request.params.num_sequences
         sequences = [Sequence(next(self._seq_ids), request, i) for i in range(num_sequences)]
         request.sequences = sequences
         if request.params.num_beams > 1:
             beams = Beams(request, sequences)
-            self._check_beams(beams)
             for seq in sequences:
                 seq.beams = beams
         else:
             sequences[0].followers = sequences[1:]
         self.waiting.append(sequences[0])
-
-    def _check_beams(self, beams: Beams) -> None:
-        num_beams, num_candidates = beams.search.num_beams, beams.search.num_candidates
-        if num_beams > self.max_batch_size:
-            raise RequestError(
-                f"num_beams is {num_beams}; the engine computes at most {self.max_batch_size} "
-                "sequences at once: ask for fewer, or build with a larger --max-batch-size"
-            )
-        if num_candidates > self.vocab_size:
-            raise RequestError(
-                f"{num_beams} beams with {len(beams.search.end_token_ids)} end tokens need "
-                f"{num_candidates} candidates, and the vocabulary has {self.vocab_size}: ask for "
-                "fewer beams"
-            )
-
-    def _room(self, request: Request) -> int:
-        """Return how many new tokens the request gets, or raise."""
-        num_prompt = len(request.prompt_token_ids)
-        if not num_prompt:
-            raise RequestError("the prompt is empty; it needs at least one token")
-        if num_prompt > self.max_seq_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens; the engine takes at most {self.max_seq_len}: "
-                "shorten it, or build with a larger --max-seq-len"
-            )
-        if (
-            not 0
-            <= min(request.prompt_token_ids)
-            <= max(request.prompt_token_ids)
-            < self.vocab_size
-        ):
-            bad = next(t for t in request.prompt_token_ids if not 0 <= t < self.vocab_size)
-            raise RequestError(
-                f"the prompt has token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}"
-            )
-        wanted, num_beams = request.params.max_new_tokens, request.params.num_beams
-        # Beams that part at once have the full blocks of the prompt in common, and no others.
-        num_shared = num_prompt // self.pool.block_size if num_beams > 1 else 0
-        num_own = (self.pool.num_usable - num_shared) // num_beams
-        capacity = (num_shared + num_own) * self.pool.block_size
-        room = 0
-        if not request.want_prompt_logits:
-            room = self.max_seq_len - num_prompt
-            if not room:
-                raise RequestError(
-                    f"the prompt has {num_prompt} tokens and max_seq_len is {self.max_seq_len}, "
-                    "which leaves no room for a new token; shorten the prompt"
-                )
-            # The last new token is never computed, so it needs no place in the KV cache.
-            room = min(room, max(1, capacity + 1 - num_prompt) if wanted is None else wanted)
-        if num_prompt + max(room - 1, 0) > capacity:
-            raise RequestError(
-                f"{num_prompt} prompt tokens and {room} new ones do not fit the KV cache of "
-                f"{capacity} tokens{f' for each of {num_beams} beams' if num_beams > 1 else ''}; "
-                "ask for fewer tokens or give the KV cache more memory"
-            )
-        return room
 
     def abort(self, seq: Sequence) -> None:
         """End a sequence that the caller no longer wants, and the beams it is one of; between
@@ -214,7 +163,7 @@ class Scheduler:
         while may_join and budget and self.waiting and len(self.running) < self.max_batch_size:
             seq = self.waiting[0]
             joining = _all_beams(seq)
-            if len(self.running) + len(joining) > self.max_batch_size:
+            if self.running and len(self.running) + len(joining) > self.max_batch_size:
                 break
             if not self._place(seq, copies, reserve):
                 break

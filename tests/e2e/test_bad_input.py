@@ -38,6 +38,7 @@ from puna.manifest import MANIFEST_FILE, write_manifest
 from puna.strict_json import canonical_json
 
 Damage = Callable[[Path], object]
+BEAMS = ("--num-beams", 4)
 Q = "layers.0.attn.q.weight"
 
 
@@ -483,6 +484,21 @@ def test_empty_stdin(engine: Path, refused: Refused, monkeypatch: pytest.MonkeyP
         (("--tokenizer", "nowhere"), "nowhere has no tokenizer"),
         (("--chat-template", "nowhere"), "is neither a template nor a file with one"),
         (("--json", "--stream"), "exclude each other: choose one"),
+        (("--num-beams", 0), "num_beams is 0; it must be at least 1"),
+        (("--num-beams", "many"), "invalid int value: 'many'"),
+        (
+            ("--num-beams", 1000),
+            "num_beams is 1000; the engine computes at most 8 sequences",
+        ),
+        ((*BEAMS, "--temperature", 0.5), "leave temperature or num_beams out"),
+        ((*BEAMS, "--top-k", 5), "leave top_k or num_beams out"),
+        ((*BEAMS, "--stop", "x"), "leave stop or num_beams out"),
+        ((*BEAMS, "--presence-penalty", 1), "leave presence_penalty or num_beams out"),
+        ((*BEAMS, "--stream"), "the best beam is known at the end only"),
+        ((*BEAMS, "--length-penalty", "nan"), "length_penalty is nan; it must be a finite number"),
+        ((*BEAMS, "--early-stopping", "always"), "invalid choice: 'always'"),
+        (("--length-penalty", 2), "length_penalty is 2.0 without beams"),
+        (("--early-stopping",), "early_stopping is True without beams"),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from small_models import DUMMY, ROOT, Puna, Refused, command, command_line, listing
 
-from puna import LLM
+from puna import LLM, SamplingParams
 from puna.checkpoint.dummy import PRESETS
 from puna.cli.quickstart import QUESTION
 
@@ -83,6 +83,36 @@ def test_stop_and_length(engine: Path, puna: Puna) -> None:
     assert (stopped["finish_reason"], stopped["text"]) == ("stop", text[: text.index(text[3])])
     longest = json.loads(puna(*ask, "--max-new-tokens", 1000, "--ignore-eos").out)
     assert longest["prompt_tokens"] + longest["completion_tokens"] == 128
+
+
+def test_beams(engine: Path, puna: Puna) -> None:
+    ask = ("run", engine, "--prompt", "Hello", "--max-new-tokens", 12, "--num-beams")
+    result = json.loads(puna(*ask, 4, "--json").out)
+    assert list(result) == [*RESULT_KEYS, "score"] and len(result["token_ids"]) == 12
+    assert puna(*ask, 4).out == result["text"] + "\n"
+    assert puna(*ask, 4, "--temperature", 0).out == result["text"] + "\n"
+    with LLM(engine) as llm:
+        params = SamplingParams(max_new_tokens=12, num_beams=4, length_penalty=2.0)
+        output = llm.generate("Hello", params)[0]
+        fewer = llm.generate("Hello", SamplingParams(max_new_tokens=12, num_beams=2))[0]
+    penalised = json.loads(puna(*ask, 4, "--length-penalty", 2, "--json").out)
+    assert (penalised["score"], penalised["text"]) == (output.score, output.text)
+    assert penalised["score"] == pytest.approx(result["score"] / 12)
+    assert json.loads(puna(*ask, 2, "--json").out)["score"] == fewer.score
+
+
+def test_early_stopping(engine: Path, puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SamplingParams] = []
+    generate = LLM.generate
+    monkeypatch.setattr(
+        LLM,
+        "generate",
+        lambda llm, prompts, params: asked.append(params) or generate(llm, prompts, params),
+    )
+    ask = ("run", engine, "--prompt", "Hello", "--max-new-tokens", 4, "--num-beams", 3)
+    for options in ((), ("--early-stopping",), ("--early-stopping", "never")):
+        assert puna(*ask, *options).status == 0
+    assert [params.early_stopping for params in asked] == [False, True, "never"]
 
 
 def test_chat(engine: Path, puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:

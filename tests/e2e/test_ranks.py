@@ -47,6 +47,31 @@ with LLM(engine, device=device) as llm:
         logits=llm.logits([*prompts[0], *outputs[0].token_ids], num_prefill=len(prompts[0])),
     )
 """
+# Beams of several kinds, and who runs beside them.
+BEAMS = """\
+import json, sys
+import numpy as np
+from puna import LLM, SamplingParams
+
+engine, out = sys.argv[1:3]
+rng = np.random.default_rng(6)
+prompts = [rng.integers(0, 1003, size=size).tolist() for size in (5, 21, 38, 12, 9)]
+with LLM(engine) as llm:
+    ends = tuple(rng.integers(0, 1003, size=60).tolist())
+    outputs = llm.generate(prompts, [
+        SamplingParams(max_new_tokens=15, num_beams=5, n=4),  # more than a lane of two has
+        SamplingParams(max_new_tokens=15, num_beams=4, n=2, stop_token_ids=ends),
+        SamplingParams(
+            max_new_tokens=15, num_beams=3, length_penalty=2.0, early_stopping="never",
+            repetition_penalty=1.2, stop_token_ids=ends,
+        ),
+        SamplingParams(max_new_tokens=24, temperature=0.0),
+        SamplingParams(max_new_tokens=24, temperature=1.0, seed=3, n=2),
+    ])
+found = [[c.token_ids, c.score] for output in outputs for c in output.completions]
+with open(out, "w") as file:
+    json.dump(found, file)
+"""
 ENDLESS = """\
 import os, sys
 from puna import LLM, SamplingParams
@@ -160,6 +185,28 @@ def test_the_reference_device(
     done = ran(*launch(tp * pp, path, engines(tp, pp), out, "reference", 5), seconds=400)
     assert done.returncode == 0, done.stderr
     check(dict(np.load(out)), expected("reference", 5))
+
+
+@pytest.fixture(scope="module")
+def beams_of_one_rank(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> list:
+    folder = tmp_path_factory.mktemp("beams")
+    (folder / "program.py").write_text(BEAMS)
+    done = ran(sys.executable, folder / "program.py", engines(), folder / "out.json")
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_beams(
+    tp: int, pp: int, engines: Engines, beams_of_one_rank: list, script, tmp_path: Path
+) -> None:
+    path, out = script(BEAMS), tmp_path / "out.json"
+    done = ran(*launch(tp * pp, path, engines(tp, pp), out))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    found = json.loads(out.read_text())
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in beams_of_one_rank]
+    for (_, score), (_, expected) in zip(found, beams_of_one_rank, strict=True):
+        assert score == (expected and pytest.approx(expected, abs=1e-5))
 
 
 def check(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:

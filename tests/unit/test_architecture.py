@@ -32,8 +32,10 @@ RUN = [
     ("runtime.session",),
     ("runtime.load", "runtime.device", "runtime.comm"),
     ("runtime.lower", "runtime.wire", "models"),
+    ("runtime.lower_sampling",),
     (
         "runtime.scheduler",
+        "runtime.admission",
         "runtime.beam",
         "runtime.block_pool",
         "runtime.step",
@@ -67,6 +69,7 @@ WITHOUT_NUMPY += tuple(
     for name in (
         "request",
         "block_pool",
+        "admission",
         "beam",
         "scheduler",
         "step",

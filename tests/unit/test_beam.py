@@ -221,6 +221,7 @@ def test_the_engines_sampling_defaults_are_not_for_beams():
     ("params", "message"),
     [
         (SamplingParams(num_beams=5, max_new_tokens=2), "at most 4 sequences at once"),
+        (SamplingParams(num_beams=100, max_new_tokens=2), "at most 4 sequences at once"),
         (
             SamplingParams(num_beams=4, max_new_tokens=2, stop_token_ids=tuple(range(8))),
             "need 36 candidates",

@@ -105,7 +105,7 @@ def test_random_scenarios(chunk: int):
                 aborted.add(request.id)
             executor.step()
             executor.scheduler.check()
-        max_seq_len = executor.scheduler.max_seq_len
+        max_seq_len = executor.scheduler.admission.max_seq_len
         for request in requests:
             for seq in request.sequences:
                 stream = seq.index if request.params.temperature else 0

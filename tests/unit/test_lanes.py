@@ -7,10 +7,11 @@ import random
 
 import pytest
 from fake_session import VOCAB_SIZE, FakeSession, generated, one_by_one, random_prompt
+from test_beam import check_beams, plain_search, random_params
 
 from puna.runtime.block_pool import BlockPool
 from puna.runtime.executor import Executor
-from puna.runtime.request import SamplingParams, SequenceEvent
+from puna.runtime.request import Request, SamplingParams, SequenceEvent
 from puna.runtime.scheduler import Scheduler
 from puna.runtime.step import StepPlan, StepResult
 
@@ -38,10 +39,14 @@ class LaneSession:
         return self.lanes[lane].collect()
 
 
-def make(num_lanes: int, num_blocks: int = 64, batch: int = 4) -> tuple[Executor, LaneSession]:
-    session = LaneSession(num_lanes, num_blocks, 4, batch)
+def make(
+    num_lanes: int, num_blocks: int = 64, batch: int = 4, max_beams: int = 5
+) -> tuple[Executor, LaneSession]:
+    session = LaneSession(num_lanes, num_blocks, 4, max(batch, max_beams))
     pool = BlockPool(num_blocks, 4)
-    lanes = [Scheduler(pool, batch, 64, 64, VOCAB_SIZE) for _ in range(num_lanes)]
+    lanes = [
+        Scheduler(pool, batch, 64, 64, VOCAB_SIZE, max_beams=max_beams) for _ in range(num_lanes)
+    ]
     return Executor(session, lanes), session
 
 
@@ -89,6 +94,40 @@ def test_random_requests_in_little_memory(seed: int) -> None:
         expected = one_by_one(request.prompt_token_ids, params[request.id])
         assert generated(request) == [expected[0]]
     assert executor.pool.num_free == executor.pool.num_usable
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_beams_in_little_memory(seed: int) -> None:
+    """Up to five beams in batches of three: those that are more than a batch run alone."""
+    rng = random.Random(seed)
+    executor, session = make(rng.choice((2, 3, 4)), num_blocks=rng.randint(18, 26), batch=3)
+    requests: list[Request] = []
+    scores: dict[int, dict[int, float]] = {}
+    to_come = 25
+    while to_come or not executor.is_idle:
+        for _ in range(min(to_come, rng.randint(0, 3))):
+            to_come -= 1
+            params = SamplingParams(max_new_tokens=rng.randint(1, 20), temperature=0.0)
+            if rng.random() < 0.6:
+                params = random_params(rng, longest=8, most_beams=5)
+            requests.append(executor.add_request(random_prompt(rng, 1, 12), params))
+        for event in executor.step():
+            if event.score is not None:
+                found = scores.setdefault(event.sequence.request.id, {})
+                found[event.sequence.index] = event.score
+        executor._check()
+    for request in requests:
+        prompt = list(request.prompt_token_ids)
+        if request.params.num_beams == 1:
+            assert generated(request) == [one_by_one(prompt, request.params)[0]]
+        else:
+            expected = plain_search(prompt, request.params, set())
+            check_beams(request, scores[request.id], expected)
+    assert executor.pool.num_free == executor.pool.num_usable
+    # A lane joins beams that are too many only where nothing else runs, and nothing joins them.
+    joined = [plan.joined for lane in session.lanes for plan in lane.plans]
+    assert any(len(joins) > 3 for joins in joined)
+    assert all(len({join.params for join in joins}) == 1 for joins in joined if len(joins) > 3)
 
 
 def test_lanes_take_blocks_from_each_other() -> None:

@@ -198,6 +198,22 @@ def test_interleaved_streams_and_generate(open_llm):
     assert [text_a, text_b, text_c] == expected
 
 
+def test_beams(open_llm):
+    """Their text ends before the token that ended them; they cannot be streamed."""
+    llm = open_llm(generation=GenerationDefaults(eos_token_ids=(EOS, 3, 8, 21)))
+    params = SamplingParams(max_new_tokens=12, num_beams=4, n=4)
+    found = [c for text in "abcdefgh" for c in llm.generate(text, params)[0].completions]
+    assert {c.finish_reason for c in found} == {"stop", "length"}
+    for completion in found:
+        is_stop = completion.finish_reason == "stop"
+        assert (completion.token_ids[-1] in (EOS, 3, 8, 21)) == is_stop
+        assert completion.score is not None and completion.logprobs is None
+        shown = completion.token_ids[:-1] if is_stop else completion.token_ids
+        assert completion.text == text_of(shown)
+    with pytest.raises(RequestError, match="num_beams is 4; the best beam is known at the end"):
+        llm.stream("a", params=SamplingParams(num_beams=4))
+
+
 def test_closing_a_stream_aborts_it(open_llm):
     llm = open_llm()
     stream = llm.stream("a")

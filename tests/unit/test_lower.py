@@ -8,7 +8,7 @@ import pytest
 from puna.ops.sampling import SampleResult
 from puna.runtime.lower import Lowering
 from puna.runtime.request import SamplingParams
-from puna.runtime.step import Join, StepPlan
+from puna.runtime.step import Branch, Join, StepPlan
 from puna.spec import GenerationDefaults
 
 
@@ -131,6 +131,42 @@ def test_penalties_see_prompt_and_generated_tokens_apart():
     lowering.record(step, sampled(9, 6), LOGITS)
     step = lowering.lower(StepPlan(left=(2,)))
     assert seen() == []
+
+
+def test_beams_continue_each_other():
+    lowering = Lowering(block_size=4, max_batch_size=4, max_seq_len=16)
+    params = SamplingParams(repetition_penalty=1.5)
+    prompt = [10, 11, 12, 13, 14]
+    beams = [
+        join(i, prompt, [3, 1] if i == 1 else [], params=params, num_candidates=4) for i in (1, 2)
+    ]
+    step = lowering.lower(StepPlan(joined=tuple(beams), prefills=((1, 5),)))
+    assert step.sampling.num_logprobs_L.tolist() == [4] and step.sampling.is_beam_L.all()
+    lowering.record(step, sampled(9), LOGITS)  # 9 is no beam's: the plan says what they take
+
+    step = lowering.lower(
+        StepPlan(
+            branches=(Branch(1, 1, 20, 2), Branch(2, 1, 21, 1)),
+            new_blocks=((2, (5,)),),
+            copies=((1, 5),),
+        )
+    )
+    assert step.batch.token_ids_T.tolist() == [20, 21]
+    assert step.batch.positions_T.tolist() == [5, 5]
+    assert step.batch.block_table_SM.tolist() == [[3, 1], [3, 5]]
+    assert step.batch.slots_T.tolist() == [5, 21]
+    seen = step.sampling.seen_rows_C, step.sampling.seen_ids_C, step.sampling.seen_counts_C
+    generated = [(row, token) for row, token, count in zip(*map(list, seen), strict=True) if count]
+    assert generated == [(0, 20), (1, 21)] and len(seen[0]) == 2 * 6
+    lowering.record(step, sampled(9, 9), LOGITS)
+
+    step = lowering.lower(StepPlan(branches=(Branch(1, 2, 30, 2), Branch(2, 1, 31, 2))))
+    assert step.batch.token_ids_T.tolist() == [30, 31]
+    assert step.batch.block_table_SM.tolist() == [[3, 5], [3, 1]]
+    assert step.batch.slots_T.tolist() == [22, 6]
+    seen = step.sampling.seen_rows_C, step.sampling.seen_ids_C, step.sampling.seen_counts_C
+    generated = [(row, token) for row, token, count in zip(*map(list, seen), strict=True) if count]
+    assert generated == [(0, 21), (0, 30), (1, 20), (1, 31)]
 
 
 def test_rows_are_reused_and_reset_forgets_all():

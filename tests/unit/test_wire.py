@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 
 from puna.runtime.request import SamplingParams, TokenLogprob
-from puna.runtime.step import Join, PromptLogits, StepPlan, StepResult
+from puna.runtime.step import Branch, Join, PromptLogits, StepPlan, StepResult
 from puna.runtime.wire import Order, decode_order, decode_result, encode_order, encode_result
 
 
 def test_orders_come_back() -> None:
     join = Join(3, (1, 2, 3), 3, 0, (5, 6), SamplingParams(stop=("x",), seed=7), 2**64 - 1, 1)
-    plan = StepPlan(False, (1,), (join,), ((3, (7,)),), ((3, 2),), ((5, 6),))
+    plan = StepPlan(
+        left=(1,),
+        joined=(join,),
+        branches=(Branch(4, 3, 9, 1),),
+        new_blocks=((3, (7,)),),
+        prefills=((3, 2),),
+        copies=((5, 6),),
+    )
     for order in (Order(1, (4, 5), plan), Order(0, None, StepPlan())):
         assert decode_order(encode_order(order)) == order
     assert decode_order(encode_order(None)) is None
