@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from puna.runtime.launch import World, keep_to_share
 from puna.runtime.rendezvous import Peers, join, tell_failure
 from puna.runtime.session import LoadProgress, Session, check_world_size
 from puna.runtime.step import StepPlan, StepResult
+
+# How long a process that must end waits for someone to read what it says.
+_LAST_WORDS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -179,9 +184,19 @@ def _part(peers: Peers) -> None:
 
 
 def _end(message: str, status: int) -> None:
-    """What the loss of a rank does to this process, whatever it is busy with."""
-    if message:
-        sys.stderr.write(f"puna: {message}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """What the loss of a rank does to this process, whatever it is busy with.
+
+    Where the launcher is gone, nobody may read what this process writes: that must not keep it.
+    """
+
+    def say() -> None:
+        with suppress(OSError, ValueError):
+            if message:
+                sys.stderr.write(f"puna: {message}\n")
+            sys.stderr.flush()
+            sys.stdout.flush()
+
+    last_words = threading.Thread(target=say, daemon=True)
+    last_words.start()
+    last_words.join(_LAST_WORDS_SECONDS)
     os._exit(status)
