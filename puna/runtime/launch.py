@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from puna.errors import LaunchError
+from puna.native.cores import by_core
 
 LOOPBACK = "127.0.0.1"
+PUNA_LAUNCH, TORCHRUN = "puna launch", "torchrun"
 # What puna launch tells its processes.
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = (
     f"PUNA_{name}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -110,7 +113,7 @@ def _from_puna(environ: Mapping[str, str]) -> World:
         size=_number(environ, SIZE),
         local_rank=_number(environ, LOCAL_RANK),
         local_size=_number(environ, LOCAL_SIZE),
-        launcher="puna launch",
+        launcher=PUNA_LAUNCH,
         job=environ.get(JOB, ""),
         addresses=(environ.get(ADDRESS, LOOPBACK),),
         port=_number(environ, PORT) if PORT in environ else None,
@@ -126,7 +129,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> World:
         size=_number(environ, "WORLD_SIZE"),
         local_rank=_number(environ, "LOCAL_RANK"),
         local_size=_number(environ, "LOCAL_WORLD_SIZE"),
-        launcher="torchrun",
+        launcher=TORCHRUN,
         job=f"torchrun {address} {port} {environ.get('TORCHELASTIC_RUN_ID', '')}",
         addresses=(address,) if address else (),
     )
@@ -212,16 +215,45 @@ def _ancestor(name: str) -> int:
 def keep_to_share(world: World) -> None:
     """Bind this process to its part of the host's CPUs, where the launcher has not done so.
 
-    Ranks of one host that shared cores would wait for each other in every operation.
+    Ranks of one host that shared cores would wait for each other in every operation. The parts are
+    of whole cores, where there are as many as ranks.
     """
     if world.local_size == 1 or not hasattr(os, "sched_setaffinity"):
         return
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < (os.cpu_count() or 1):
-        return  # bound already
-    first = world.local_rank * len(cpus) // world.local_size
-    last = max(first + 1, (world.local_rank + 1) * len(cpus) // world.local_size)
-    os.sched_setaffinity(0, cpus[first:last])
+    cpus = os.sched_getaffinity(0)
+    if _is_bound(world, cpus):
+        return
+    cores = by_core(cpus)
+    first = world.local_rank * len(cores) // world.local_size
+    last = max(first + 1, (world.local_rank + 1) * len(cores) // world.local_size)
+    os.sched_setaffinity(0, [cpu for core in cores[first:last] for cpu in core])
+
+
+def _is_bound(world: World, cpus: set[int]) -> bool:
+    """Whether this process has CPUs of its own already."""
+    if world.launcher in (
+        PUNA_LAUNCH,
+        TORCHRUN,
+    ):  # these bind nothing: what is less was here before
+        try:
+            return cpus != os.sched_getaffinity(os.getppid())
+        except OSError:
+            pass
+    return len(cpus) < (os.cpu_count() or 1)
+
+
+@contextmanager
+def on_every_cpu() -> Iterator[None]:
+    """Threads that are begun meanwhile run on whichever CPUs the system lets them."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def has_launcher(world: World) -> bool:

@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from puna.cpu.ops import num_cores
 from puna.engine import EngineConfig, read_config
 from puna.errors import LaunchError, PunaError
 from puna.memory import RankMemory
+from puna.native.cores import num_cores
 from puna.runtime import wire
 from puna.runtime.comm import Comm
 from puna.runtime.launch import World, keep_to_share
