@@ -231,10 +231,8 @@ def keep_to_share(world: World) -> None:
 
 def _is_bound(world: World, cpus: set[int]) -> bool:
     """Whether this process has CPUs of its own already."""
-    if world.launcher in (
-        PUNA_LAUNCH,
-        TORCHRUN,
-    ):  # these bind nothing: what is less was here before
+    if world.launcher in (PUNA_LAUNCH, TORCHRUN):
+        # These bind nothing: if it may use some CPUs only, then so may all ranks together.
         try:
             return cpus != os.sched_getaffinity(os.getppid())
         except OSError:
