@@ -31,8 +31,8 @@ ADDRESS, PORT, JOB, PARENT = (
 class World:
     """This process among those of its job.
 
-    `job` tells the job from others on the same hosts; rank 0 can be reached at one of `addresses`,
-    at `port` (None: one that follows from `job`).
+    `job` tells the job from others on the same hosts (empty: `port` does); rank 0 can be reached at
+    one of `addresses`, at `port` (None: one that follows from `job`).
     """
 
     rank: int = 0
@@ -153,13 +153,15 @@ def _from_open_mpi(environ: Mapping[str, str]) -> World:
 
 def _from_mpich(environ: Mapping[str, str]) -> World:
     size = _number(environ, "PMI_SIZE")
+    local_size = _number(environ, "MPI_LOCALNRANKS", size)
     return World(
         rank=_number(environ, "PMI_RANK"),
         size=size,
         local_rank=_number(environ, "MPI_LOCALRANKID", _number(environ, "PMI_RANK")),
-        local_size=_number(environ, "MPI_LOCALNRANKS", size),
+        local_size=local_size,
         launcher="mpirun (MPICH)",
-        job=f"mpich {_ancestor('hydra_pmi_proxy')}",
+        # Nothing tells the job from others on all of its hosts: there, its port must.
+        job=f"mpich {_ancestor('hydra_pmi_proxy')}" if local_size == size else "",
     )
 
 
@@ -252,6 +254,11 @@ def on_every_cpu() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, own)
+
+
+def quiet_torch() -> None:
+    """Before torch is imported: its C++ part warns of every address that has no name."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def has_launcher(world: World) -> bool:

@@ -28,6 +28,8 @@ from puna.runtime.step import StepPlan, StepResult
 
 # How long a process that must end waits for someone to read what it says.
 _LAST_WORDS_SECONDS = 2.0
+# What a rank tells rank 0 once its session is open.
+_IS_OPEN = b"open"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ def open_ranks(
         check_world_size(config, world.size)
         peers = join(world, config.digest(), _end)
         with _telling(peers):
-            return RankedSession(_open(world, config, engine_dir, options, peers, progress), peers)
+            session = _open(world, config, engine_dir, options, peers, progress)
+            for rank in range(1, world.size):
+                peers.receive(rank)  # it is open; or it is not, and this process ends here
+            return RankedSession(session, peers)
     try:
         config = read_config(engine_dir)
         check_world_size(config, world.size)
@@ -114,6 +119,7 @@ def open_ranks(
     peers = join(world, config.digest(), _end)
     with _telling(peers):
         session = _open(world, config, engine_dir, options, peers, None)
+        peers.send(_IS_OPEN)
         _follow(session, peers)
     session.close()
     peers.close()

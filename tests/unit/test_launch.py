@@ -76,6 +76,11 @@ def test_one_host_meets_on_the_loopback() -> None:
     assert find_world(environ=environ).addresses == ("127.0.0.1",)
 
 
+def test_mpich_tells_jobs_apart_on_one_host_only() -> None:
+    assert find_world(environ={**MPICH, "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3"}).job
+    assert find_world(environ=MPICH).job == ""  # a process of each host's own would be its name
+
+
 def test_no_launcher_is_one_rank() -> None:
     for environ in ({}, {"RANK": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}):
         world = find_world(environ=environ)
