@@ -216,8 +216,8 @@ def join(world: World, engine: str, end: End, seconds: float = JOIN_SECONDS) -> 
         )
     if not world.job and world.port is None:
         raise LaunchError(
-            f"{world.launcher} does not tell this job from others: pass --master-port N with a port "
-            "that is free on rank 0's host"
+            f"{world.launcher} does not tell this job from others: pass --master-port N with a "
+            "port that is free on rank 0's host"
         )
     deadline = time.monotonic() + seconds
     if world.rank == 0:

@@ -1,4 +1,4 @@
-"""Two hosts, played by two network namespaces of this machine: each launcher, and engines that differ.
+"""Two hosts, played by two network namespaces of this machine: each launcher; engines that differ.
 
 Only the network is real: both have this machine's files, processes, CPUs and host name. Commands
 start on a host with an empty environment, as over ssh.
