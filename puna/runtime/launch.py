@@ -26,6 +26,13 @@ ADDRESS, PORT, JOB, PARENT = (
     f"PUNA_{name}" for name in ("MASTER_ADDR", "MASTER_PORT", "JOB", "PARENT")
 )
 
+# Variables by which Open MPI 4 passes on that its user bound the processes.
+_OPEN_MPI_BINDING = (
+    "hwloc_base_binding_policy",
+    "hwloc_base_cpu_set",
+    "rmaps_base_mapping_policy",
+)
+
 
 @dataclass(frozen=True)
 class World:
@@ -44,6 +51,7 @@ class World:
     addresses: tuple[str, ...] = ()
     port: int | None = None
     parent: int = 0  # process that started this one; 0: does not matter
+    is_bound_by_default: bool = False  # to CPUs that the launcher chose, and its user did not
 
     @property
     def is_one_host(self) -> bool:
@@ -148,6 +156,9 @@ def _from_open_mpi(environ: Mapping[str, str]) -> World:
         launcher="mpirun (Open MPI)",
         job=f"openmpi {environ.get('PMIX_NAMESPACE', '')} {uri}",
         addresses=tuple(found[1].split(",")) if found else (),
+        # Version 4 gives each of two processes a single core unless it is told otherwise.
+        is_bound_by_default=environ.get("OMPI_MCA_orte_bound_at_launch") == "1"
+        and not any(f"OMPI_MCA_{name}" in environ for name in _OPEN_MPI_BINDING),
     )
 
 
@@ -215,17 +226,18 @@ def _ancestor(name: str) -> int:
 
 
 def keep_to_share(world: World) -> None:
-    """Bind this process to its part of the host's CPUs, where the launcher has not done so.
+    """Bind this process to its part of the host's CPUs, where nobody has done so on purpose.
 
     Ranks of one host that shared cores would wait for each other in every operation. The parts are
     of whole cores, where there are as many as ranks.
     """
-    if world.local_size == 1 or not hasattr(os, "sched_setaffinity"):
+    if not hasattr(os, "sched_setaffinity"):
         return
-    cpus = os.sched_getaffinity(0)
-    if _is_bound(world, cpus):
+    if world.is_bound_by_default:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # those that the system lets it have
+    elif world.local_size == 1 or _is_bound(world, os.sched_getaffinity(0)):
         return
-    cores = by_core(cpus)
+    cores = by_core(os.sched_getaffinity(0))
     first = world.local_rank * len(cores) // world.local_size
     last = max(first + 1, (world.local_rank + 1) * len(cores) // world.local_size)
     os.sched_setaffinity(0, [cpu for core in cores[first:last] for cpu in core])

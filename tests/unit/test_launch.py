@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+import puna.runtime.launch
 from puna.errors import LaunchError
 from puna.native.cores import by_core
 from puna.runtime.launch import (
@@ -135,6 +137,7 @@ def test_ranks_of_a_host_share_its_cpus(launcher: str) -> None:
 def test_a_job_keeps_to_the_cpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """puna launch binds nothing: if all its ranks may use only some CPUs, they share those."""
     bound: list[list[int]] = []
+    monkeypatch.setattr(puna.runtime.launch, "by_core", lambda cpus: [[c] for c in sorted(cpus)])
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: bound.append(cpus))
     allowed = {0: {60, 61}, os.getppid(): {60, 61}}
@@ -145,6 +148,27 @@ def test_a_job_keeps_to_the_cpus_that_it_was_given(monkeypatch: pytest.MonkeyPat
     allowed[os.getppid()] = set(range(64))
     keep_to_share(World(1, 2, 1, 2, "puna launch"))
     assert bound == [[61]]
+
+
+def test_open_mpi_binds_two_processes_to_a_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is its default; what its user asked for stays."""
+    now = [{5}]
+
+    def bind(_: int, cpus: Iterable[int]) -> None:
+        now.append(set(cpus) & set(range(4, 12)))  # the system lets this process have 4 to 11
+
+    monkeypatch.setattr(puna.runtime.launch, "by_core", lambda cpus: [[c] for c in sorted(cpus)])
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: now[-1])
+    bound = {**OPEN_MPI, "OMPI_MCA_orte_bound_at_launch": "1"}
+    keep_to_share(find_world(environ={**bound, "OMPI_MCA_hwloc_base_binding_policy": "core"}))
+    assert now == [{5}]
+    keep_to_share(find_world(environ=bound))
+    assert now[-1] == {8, 9, 10, 11}
+    one_each = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    keep_to_share(find_world(environ={**bound, **one_each}))
+    assert now[-1] == set(range(4, 12))
 
 
 def test_threads_of_a_core_stay_together(tmp_path: Path) -> None:
