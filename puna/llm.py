@@ -68,7 +68,7 @@ class LLM:
         progress: LoadProgress | None = None,
         world: World | None = None,
     ) -> None:
-        world = find_world() if world is None else world
+        self.world = world = find_world() if world is None else world
         options = SessionOptions(device, kv_cache_bytes, threads, max_batch_size, max_num_tokens)
         session = _open_session(world, Path(engine_dir), options, progress)
         try:

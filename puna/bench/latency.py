@@ -21,6 +21,7 @@ from puna.memory import available_bytes, kv_block_bytes
 from puna.native.bandwidth import BUFFER_BYTES, read_bandwidth
 from puna.rank_file import rank_weights
 from puna.runtime.executor import Executor
+from puna.runtime.launch import World, on_every_cpu
 from puna.runtime.request import SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -50,7 +51,8 @@ class LatencyResult:
 
     engine: str
     device: str
-    threads: int
+    threads: int  # of each rank
+    ranks: int
     batch: int
     isl: int
     osl: int
@@ -59,8 +61,8 @@ class LatencyResult:
     prefill_tok_s: float
     decode_ms: float
     tok_s: float
-    weight_bytes: int  # a decode step
-    kv_bytes: int  # a decode step, at the middle of the output
+    weight_bytes: int  # a decode step, all ranks
+    kv_bytes: int  # a decode step, at the middle of the output, all ranks
     gb_s: float  # of the two above
     read_gb_s: float  # best of 5 after each round, the median of those
     roofline: float
@@ -96,7 +98,6 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress | None = None)
     first_s: list[float] = []
     decode_s: list[float] = []
     reads: list[float] = []
-    buffer_bytes = min(BUFFER_BYTES, (available_bytes() or 2 * BUFFER_BYTES) // 2)
     for i in range(1 + run.rounds):
 
         def report(num_tokens: int, done: int = i * run.osl) -> None:
@@ -117,7 +118,7 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress | None = None)
             first_s.append(first)
             decode_s += decode
             # After each round: on a shared machine the limit itself comes and goes.
-            reads.append(read_bandwidth(session.threads, buffer_bytes))
+            reads.append(_read_limit(llm.world, session.threads))
 
     ttft_s, step_s = median(first_s), median(decode_s)
     weight_bytes, kv_bytes = step_weight_bytes(config), step_kv_bytes(config, run)
@@ -127,6 +128,7 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress | None = None)
         engine=str(session.engine_dir),
         device=session.device_name,
         threads=session.threads,
+        ranks=config.world_size,
         **asdict(run),
         ttft_ms=ttft_s * 1000,
         prefill_tok_s=run.batch * run.isl / ttft_s,
@@ -141,20 +143,34 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress | None = None)
 
 
 def step_weight_bytes(config: EngineConfig) -> int:
-    """Bytes of stored weights that a decode step reads: all but an embedding that is no head, of
-    which it reads a row a sequence, too few to count."""
+    """Bytes of stored weights that a decode step reads on all ranks: all but an embedding that is
+    no head there, of which it reads a row a sequence, too few to count."""
+    is_tied = config.spec.tie_word_embeddings
     return sum(
         dtype.itemsize * math.prod(shape)
-        for weight in rank_weights(config, 0)
-        if weight.name != "embed.weight" or config.spec.tie_word_embeddings
+        for rank in range(config.world_size)
+        for weight in rank_weights(config, rank)
+        if weight.name != "embed.weight" or (is_tied and config.mapping(rank).is_last_stage)
         for dtype, shape in weight.array_specs().values()
     )
 
 
 def step_kv_bytes(config: EngineConfig, run: LatencyRun) -> int:
-    """Bytes of KV cache that a decode step reads in the middle of the output."""
+    """Bytes of KV cache that a decode step reads on all ranks in the middle of the output."""
     num_tokens = run.batch * (run.isl + run.osl / 2)
-    return round(num_tokens * kv_block_bytes(config, 0) / config.limits.block_size)
+    block_bytes = sum(kv_block_bytes(config, rank) for rank in range(config.world_size))
+    return round(num_tokens * block_bytes / config.limits.block_size)
+
+
+def _read_limit(world: World, threads: int) -> float:
+    """GB/s that the hosts of all ranks can read: this host, with as many threads as its ranks have
+    together, times the hosts, which are taken to be alike."""
+    num_bytes = min(BUFFER_BYTES, (available_bytes() or 2 * BUFFER_BYTES) // 2)
+    if world.size == 1:
+        return read_bandwidth(threads, num_bytes)
+    with on_every_cpu():  # the other ranks are waiting for a step
+        here = read_bandwidth(threads * world.local_size, num_bytes)
+    return here * world.size / world.local_size
 
 
 def _check_kv_cache(run: LatencyRun, executor: Executor) -> None:

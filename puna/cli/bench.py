@@ -95,17 +95,19 @@ def _print_latency(r: LatencyResult) -> None:
     from puna.memory import human_bytes
 
     sequences = "1 sequence" if r.batch == 1 else f"{r.batch} sequences"
-    print(f"{r.engine} on {r.device}, threads: {r.threads}")
+    ranks = f", each of {r.ranks} ranks" if r.ranks > 1 else ""
+    print(f"{r.engine} on {r.device}, threads: {r.threads}{ranks}")
     print(f"{sequences} of {r.isl} prompt tokens and {r.osl} new ones, rounds: {r.rounds}\n")
+    together = ", all ranks together" if r.ranks > 1 else ""
     rows = [
         ("first token", f"{r.ttft_ms:,.2f} ms", "after the prompts were given"),
         ("prompt", f"{r.prefill_tok_s:,.1f} tok/s", "prompt tokens read until then"),
         ("each token", f"{r.decode_ms:,.2f} ms", "a step, one new token for each sequence"),
         ("output", f"{r.tok_s:,.1f} tok/s", "new tokens, all sequences together"),
-        ("weights", human_bytes(r.weight_bytes), "read by a step"),
+        ("weights", human_bytes(r.weight_bytes), f"read by a step{together}"),
         ("KV cache", human_bytes(r.kv_bytes), "read by a step, halfway through the output"),
         ("memory reads", f"{r.gb_s:,.1f} GB/s", "both of these, in the time of a step"),
-        ("read limit", f"{r.read_gb_s:,.1f} GB/s", "what this machine can read, just measured"),
+        ("read limit", f"{r.read_gb_s:,.1f} GB/s", "what memory allows, just measured"),
     ]
     width = max(len(value) for _, value, _ in rows)
     for name, value, meaning in rows:

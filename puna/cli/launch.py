@@ -62,7 +62,7 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="where the others reach rank 0 (default: the first host)",
     )
-    add("--master-port", type=int, metavar="N", help="default: a free one")
+    add("--master-port", type=int, metavar="N", help="where rank 0 listens (default: any of a few)")
     add("ranked", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each rank runs")
     parser.set_defaults(handler=run)
 

@@ -130,7 +130,10 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         "slow and exact (default: auto)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads, of each rank (default: its physical cores)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
     parser.add_argument(
@@ -139,7 +142,10 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         help="rank 0's host, for engines of several ranks (default: what the launcher tells)",
     )
     parser.add_argument(
-        "--master-port", type=int, metavar="N", help="rank 0's (default: a free one)"
+        "--master-port",
+        type=int,
+        metavar="N",
+        help="where rank 0 listens (default: a port that follows from the job)",
     )
 
 

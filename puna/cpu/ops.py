@@ -9,11 +9,9 @@ Shape suffixes as in `puna.ops`.
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +21,7 @@ from puna.batch import ForwardBatch
 from puna.cpu import structs
 from puna.errors import ConfigError
 from puna.layout import TILE
+from puna.native.cores import num_cores
 from puna.ops import LayerCache, Linear, Norm, Program, Reduce, RopeTable, Stream
 from puna.ops.kv_blocks import copy_blocks
 from puna.quant import DTYPES, Array, Format
@@ -34,24 +33,6 @@ _CACHE_KINDS = MappingProxyType(
     {**{DTYPES[name]: kind for name, kind in _DENSE_KINDS.items()}, np.dtype(np.int8): 3}
 )
 KV_BLOCK = 16  # BLOCK of csrc/kernels.h: tokens of a KV block are the lanes of a vector
-
-
-def num_cores() -> int:
-    """Physical cores that this process may use: a core's second thread adds no arithmetic."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    siblings = {_siblings(cpu) for cpu in cpus}
-    return len(siblings)
-
-
-def _siblings(cpu: int) -> str:
-    """A name that the CPUs of one core share."""
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return str(cpu)
 
 
 @dataclass(frozen=True, slots=True)

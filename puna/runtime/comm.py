@@ -9,6 +9,7 @@ Shape suffixes: X tensor-parallel ranks, L rows, V vocab on this rank.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from puna.errors import LaunchError
 from puna.mapping import Mapping
 from puna.quant import Array
+from puna.runtime.launch import quiet_torch
 from puna.runtime.rendezvous import Peers
 
 # A rank that waits here waits for another that computes or has been lost, and `Peers` notices that.
@@ -37,8 +39,18 @@ class Comm:
         self._peers = peers
         # The group's own store: rank 0 tells the others where.
         if mapping.rank == 0:
-            self._store = dist.TCPStore(peers.own_address, 0, None, True, wait_for_workers=False)
-            peers.send(f"{peers.own_address} {self._store.port}".encode())
+            server = socket.create_server((peers.own_address, 0))
+            port = server.getsockname()[1]
+            self._store = dist.TCPStore(
+                peers.own_address,
+                port,
+                None,
+                True,
+                wait_for_workers=False,
+                # By itself it would listen at all of the host's addresses.
+                master_listen_fd=server.detach(),
+            )
+            peers.send(f"{peers.own_address} {port}".encode())
         else:
             host, port = peers.receive().decode().split()
             self._store = dist.TCPStore(host, int(port), None, False)
@@ -129,6 +141,7 @@ class Comm:
 
 
 def _torch() -> tuple[Any, Any]:
+    quiet_torch()
     try:
         import torch
         import torch.distributed as dist

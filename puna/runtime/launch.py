@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from puna.errors import LaunchError
+from puna.native.cores import by_core
 
 LOOPBACK = "127.0.0.1"
+PUNA_LAUNCH, TORCHRUN = "puna launch", "torchrun"
 # What puna launch tells its processes.
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = (
     f"PUNA_{name}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -23,13 +26,20 @@ ADDRESS, PORT, JOB, PARENT = (
     f"PUNA_{name}" for name in ("MASTER_ADDR", "MASTER_PORT", "JOB", "PARENT")
 )
 
+# Variables by which Open MPI 4 passes on that its user bound the processes.
+_OPEN_MPI_BINDING = (
+    "hwloc_base_binding_policy",
+    "hwloc_base_cpu_set",
+    "rmaps_base_mapping_policy",
+)
+
 
 @dataclass(frozen=True)
 class World:
     """This process among those of its job.
 
-    `job` tells the job from others on the same hosts; rank 0 can be reached at one of `addresses`,
-    at `port` (None: one that follows from `job`).
+    `job` tells the job from others on the same hosts (empty: `port` does); rank 0 can be reached at
+    one of `addresses`, at `port` (None: one that follows from `job`).
     """
 
     rank: int = 0
@@ -41,6 +51,7 @@ class World:
     addresses: tuple[str, ...] = ()
     port: int | None = None
     parent: int = 0  # process that started this one; 0: does not matter
+    is_bound_by_default: bool = False  # to CPUs that the launcher chose, and its user did not
 
     @property
     def is_one_host(self) -> bool:
@@ -110,7 +121,7 @@ def _from_puna(environ: Mapping[str, str]) -> World:
         size=_number(environ, SIZE),
         local_rank=_number(environ, LOCAL_RANK),
         local_size=_number(environ, LOCAL_SIZE),
-        launcher="puna launch",
+        launcher=PUNA_LAUNCH,
         job=environ.get(JOB, ""),
         addresses=(environ.get(ADDRESS, LOOPBACK),),
         port=_number(environ, PORT) if PORT in environ else None,
@@ -126,7 +137,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> World:
         size=_number(environ, "WORLD_SIZE"),
         local_rank=_number(environ, "LOCAL_RANK"),
         local_size=_number(environ, "LOCAL_WORLD_SIZE"),
-        launcher="torchrun",
+        launcher=TORCHRUN,
         job=f"torchrun {address} {port} {environ.get('TORCHELASTIC_RUN_ID', '')}",
         addresses=(address,) if address else (),
     )
@@ -145,18 +156,23 @@ def _from_open_mpi(environ: Mapping[str, str]) -> World:
         launcher="mpirun (Open MPI)",
         job=f"openmpi {environ.get('PMIX_NAMESPACE', '')} {uri}",
         addresses=tuple(found[1].split(",")) if found else (),
+        # Version 4 gives each of two processes a single core unless it is told otherwise.
+        is_bound_by_default=environ.get("OMPI_MCA_orte_bound_at_launch") == "1"
+        and not any(f"OMPI_MCA_{name}" in environ for name in _OPEN_MPI_BINDING),
     )
 
 
 def _from_mpich(environ: Mapping[str, str]) -> World:
     size = _number(environ, "PMI_SIZE")
+    local_size = _number(environ, "MPI_LOCALNRANKS", size)
     return World(
         rank=_number(environ, "PMI_RANK"),
         size=size,
         local_rank=_number(environ, "MPI_LOCALRANKID", _number(environ, "PMI_RANK")),
-        local_size=_number(environ, "MPI_LOCALNRANKS", size),
+        local_size=local_size,
         launcher="mpirun (MPICH)",
-        job=f"mpich {_ancestor('hydra_pmi_proxy')}",
+        # Nothing tells the job from others on all of its hosts: there, its port must.
+        job=f"mpich {_ancestor('hydra_pmi_proxy')}" if local_size == size else "",
     )
 
 
@@ -210,18 +226,51 @@ def _ancestor(name: str) -> int:
 
 
 def keep_to_share(world: World) -> None:
-    """Bind this process to its part of the host's CPUs, where the launcher has not done so.
+    """Bind this process to its part of the host's CPUs, where nobody has done so on purpose.
 
-    Ranks of one host that shared cores would wait for each other in every operation.
+    Ranks of one host that shared cores would wait for each other in every operation. The parts are
+    of whole cores, where there are as many as ranks.
     """
-    if world.local_size == 1 or not hasattr(os, "sched_setaffinity"):
+    if not hasattr(os, "sched_setaffinity"):
         return
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < (os.cpu_count() or 1):
-        return  # bound already
-    first = world.local_rank * len(cpus) // world.local_size
-    last = max(first + 1, (world.local_rank + 1) * len(cpus) // world.local_size)
-    os.sched_setaffinity(0, cpus[first:last])
+    if world.is_bound_by_default:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # those that the system lets it have
+    elif world.local_size == 1 or _is_bound(world, os.sched_getaffinity(0)):
+        return
+    cores = by_core(os.sched_getaffinity(0))
+    first = world.local_rank * len(cores) // world.local_size
+    last = max(first + 1, (world.local_rank + 1) * len(cores) // world.local_size)
+    os.sched_setaffinity(0, [cpu for core in cores[first:last] for cpu in core])
+
+
+def _is_bound(world: World, cpus: set[int]) -> bool:
+    """Whether this process has CPUs of its own already."""
+    if world.launcher in (PUNA_LAUNCH, TORCHRUN):
+        # These bind nothing: if it may use some CPUs only, then so may all ranks together.
+        try:
+            return cpus != os.sched_getaffinity(os.getppid())
+        except OSError:
+            pass
+    return len(cpus) < (os.cpu_count() or 1)
+
+
+@contextmanager
+def on_every_cpu() -> Iterator[None]:
+    """Threads that are begun meanwhile run on whichever CPUs the system lets them."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
+def quiet_torch() -> None:
+    """Before torch is imported: its C++ part warns of every address that has no name."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def has_launcher(world: World) -> bool:

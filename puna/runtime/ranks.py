@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from puna.cpu.ops import num_cores
 from puna.engine import EngineConfig, read_config
 from puna.errors import LaunchError, PunaError
 from puna.memory import RankMemory
+from puna.native.cores import num_cores
 from puna.runtime import wire
 from puna.runtime.comm import Comm
 from puna.runtime.launch import World, keep_to_share
 from puna.runtime.rendezvous import Peers, join, tell_failure
 from puna.runtime.session import LoadProgress, Session, check_world_size
 from puna.runtime.step import StepPlan, StepResult
+
+# How long a process that must end waits for someone to read what it says.
+_LAST_WORDS_SECONDS = 2.0
+# What a rank tells rank 0 once its session is open.
+_IS_OPEN = b"open"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,10 @@ def open_ranks(
         check_world_size(config, world.size)
         peers = join(world, config.digest(), _end)
         with _telling(peers):
-            return RankedSession(_open(world, config, engine_dir, options, peers, progress), peers)
+            session = _open(world, config, engine_dir, options, peers, progress)
+            for rank in range(1, world.size):
+                peers.receive(rank)  # it is open; or it is not, and this process ends here
+            return RankedSession(session, peers)
     try:
         config = read_config(engine_dir)
         check_world_size(config, world.size)
@@ -109,6 +119,7 @@ def open_ranks(
     peers = join(world, config.digest(), _end)
     with _telling(peers):
         session = _open(world, config, engine_dir, options, peers, None)
+        peers.send(_IS_OPEN)
         _follow(session, peers)
     session.close()
     peers.close()
@@ -179,9 +190,19 @@ def _part(peers: Peers) -> None:
 
 
 def _end(message: str, status: int) -> None:
-    """What the loss of a rank does to this process, whatever it is busy with."""
-    if message:
-        sys.stderr.write(f"puna: {message}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """What the loss of a rank does to this process, whatever it is busy with.
+
+    Where the launcher is gone, nobody may read what this process writes: that must not keep it.
+    """
+
+    def say() -> None:
+        with suppress(OSError, ValueError):
+            if message:
+                sys.stderr.write(f"puna: {message}\n")
+            sys.stderr.flush()
+            sys.stdout.flush()
+
+    last_words = threading.Thread(target=say, daemon=True)
+    last_words.start()
+    last_words.join(_LAST_WORDS_SECONDS)
     os._exit(status)

@@ -212,6 +212,12 @@ def join(world: World, engine: str, end: End, seconds: float = JOIN_SECONDS) -> 
     if not world.addresses:
         raise LaunchError(
             f"{world.launcher} does not tell where rank 0 is: pass --master-addr HOST (rank 0's)"
+            + ("" if world.job else ", and --master-port N with a port that is free there")
+        )
+    if not world.job and world.port is None:
+        raise LaunchError(
+            f"{world.launcher} does not tell this job from others: pass --master-port N with a "
+            "port that is free on rank 0's host"
         )
     deadline = time.monotonic() + seconds
     if world.rank == 0:
@@ -320,9 +326,10 @@ def _disagreement(own: Greeting, others: dict[int, Greeting]) -> str:
     different = [g for g in others.values() if g.engine != own.engine]
     if different:
         names = ", ".join(g.describe() for g in sorted(different, key=lambda g: g.rank))
+        digests = ", ".join(sorted({g.engine[:12] for g in different}))
         return (
-            f"{names}: the engine there is from another build than rank 0's: copy one build to "
-            "all hosts"
+            f"{names}: the engine there is from another build ({digests}) than rank 0's "
+            f"({own.engine[:12]}): copy one build to all hosts"
         )
     return ""
 

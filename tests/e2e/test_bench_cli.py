@@ -17,6 +17,7 @@ KEYS = [
     "engine",
     "device",
     "threads",
+    "ranks",
     "batch",
     "isl",
     "osl",
@@ -45,7 +46,7 @@ def test_json(engine: Path, puna: Puna) -> None:
     assert (found.status, found.err, found.out.count("\n")) == (0, "", 1)
     result = json.loads(found.out)
     assert list(result) == KEYS
-    assert [result[key] for key in KEYS[2:7]] == [1, 2, 16, 8, 2]
+    assert [result[key] for key in KEYS[2:8]] == [1, 1, 2, 16, 8, 2]
     assert result["engine"] == str(engine) and isinstance(result["device"], str)
     with safe_open(engine / "rank0.safetensors", "np") as file:
         names = [n for n in file.keys() if not n.startswith(("_pad", "embed"))]  # noqa: SIM118

@@ -1,4 +1,7 @@
-"""Engines of several ranks, as users start them: the same tokens as one rank, and the same end."""
+"""Engines of several ranks, as users start them: the same tokens as one rank, and the same end.
+
+A rank takes more than a second of a core to import torch, so that each launch checks much.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +23,15 @@ import pytest
 from small_models import ROOT
 
 from puna import BuildConfig, build
+from puna.bench.latency import step_weight_bytes
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
+from puna.engine import read_config
 
 pytest.importorskip("torch")
 
 # Llama 2 70B in miniature: 64 heads, 8 KV heads.
 SHAPE = "hidden=512,layers=4,heads=64,kv_heads=8,head_dim=8,ffn=1376,vocab=1003,max_positions=256"
-# What the ranks run: prompts in flight together, their tokens, and logits.
+# What the ranks run: prompts in flight together, their tokens, and logits of prefill and decode.
 PROGRAM = """\
 import sys
 import numpy as np
@@ -35,16 +42,14 @@ with LLM(engine, device=device) as llm:
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, 1003, size=int(n)).tolist() for n in rng.integers(1, 40, size=8)]
     greedy = SamplingParams(max_new_tokens=int(num_new), temperature=0.0, ignore_eos=True)
-    outputs = llm.generate(prompts, greedy)
-    sampled = llm.generate(
-        prompts[:3],
-        SamplingParams(max_new_tokens=9, temperature=1.0, seed=3, n=2, repetition_penalty=1.2),
-    )
+    drawn = SamplingParams(max_new_tokens=9, temperature=1.0, seed=3, n=2, repetition_penalty=1.2)
+    outputs = llm.generate(prompts + prompts[:3], [greedy] * 8 + [drawn] * 3)
+    whole = [*prompts[0], *outputs[0].token_ids]
     np.savez(
         out,
-        tokens=np.array([output.token_ids for output in outputs]),
-        sampled=np.array([c.token_ids for output in sampled for c in output.completions]),
-        logits=llm.logits([*prompts[0], *outputs[0].token_ids], num_prefill=len(prompts[0])),
+        tokens=np.array([output.token_ids for output in outputs[:8]]),
+        sampled=np.array([c.token_ids for output in outputs[8:] for c in output.completions]),
+        logits=llm.logits(whole, num_prefill=len(whole) - 8),
     )
 """
 # Beams of several kinds, and who runs beside them.
@@ -177,13 +182,10 @@ def test_the_same_tokens_as_one_rank(
     check(dict(np.load(out)), expected("auto", num_new))
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
-def test_the_reference_device(
-    tp: int, pp: int, engines: Engines, expected, script, tmp_path: Path
-) -> None:
+def test_the_reference_device(engines: Engines, expected, script, tmp_path: Path) -> None:
     path, out = script(PROGRAM), tmp_path / "out.npz"
-    done = ran(*launch(tp * pp, path, engines(tp, pp), out, "reference", 5), seconds=400)
-    assert done.returncode == 0, done.stderr
+    done = ran(*launch(4, path, engines(2, 2), out, "reference", 5))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     check(dict(np.load(out)), expected("reference", 5))
 
 
@@ -216,23 +218,46 @@ def check(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     assert error < 1e-5, error
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LAUNCHERS = {
     "puna launch": lambda n: [sys.executable, "-m", "puna", "launch", "-n", n, "--"],
-    "torchrun": lambda n: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n],
+    "torchrun": lambda n: [*TORCHRUN, "--standalone", "--nproc-per-node", n],
     "open mpi": lambda n: ["mpirun.openmpi", "-n", n, sys.executable],
     "mpich": lambda n: ["mpirun.mpich", "-n", n, sys.executable],
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher(launcher: str, engines: Engines, expected, script, tmp_path: Path) -> None:
-    argv = LAUNCHERS[launcher](2)
-    if shutil.which(str(argv[0])) is None:
+def launcher_argv(launcher: str, num_ranks: int) -> list[str]:
+    argv = [*map(str, LAUNCHERS[launcher](num_ranks))]
+    if shutil.which(argv[0]) is None:
         pytest.skip(f"needs {argv[0]}")
+    return argv
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpich"])
+def test_other_launchers(launcher: str, engines: Engines, expected, script, tmp_path: Path) -> None:
     path, out = script(PROGRAM), tmp_path / "out.npz"
-    done = ran(*argv, path, engines(2), out, "auto", 8)
+    done = ran(*launcher_argv(launcher, 2), path, engines(2), out, "auto", 8)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     check(dict(np.load(out)), expected("auto", 8))
+
+
+@pytest.mark.parametrize("launcher", ["puna launch", "open mpi"])
+def test_two_jobs_at_once(
+    launcher: str, engines: Engines, expected, script, tmp_path: Path
+) -> None:
+    """Two jobs on one host find each its own rank 0."""
+    argv, path = launcher_argv(launcher, 2), script(PROGRAM)
+    outs = [tmp_path / f"{i}.npz" for i in range(2)]
+    jobs = [
+        subprocess.Popen(
+            [*argv, str(path), str(engines(2)), str(out), "auto", "8"], cwd=ROOT, env=environment()
+        )
+        for out in outs
+    ]
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    for out in outs:
+        check(dict(np.load(out)), expected("auto", 8))
 
 
 def test_srun_by_its_variables(engines: Engines, expected, script, tmp_path: Path) -> None:
@@ -258,28 +283,18 @@ def test_srun_by_its_variables(engines: Engines, expected, script, tmp_path: Pat
     check(dict(np.load(out)), expected("auto", 8))
 
 
-def test_two_jobs_at_once(engines: Engines, expected, script, tmp_path: Path) -> None:
-    path, outs = script(PROGRAM), [tmp_path / f"{i}.npz" for i in range(2)]
-    jobs = [
-        subprocess.Popen(
-            list(map(str, launch(2, path, engines(2), out, "auto", 8))), cwd=ROOT, env=environment()
-        )
-        for out in outs
-    ]
-    assert [job.wait(200) for job in jobs] == [0, 0]
-    for out in outs:
-        check(dict(np.load(out)), expected("auto", 8))
-
-
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_the_wrong_world_size_stops_every_rank(num_ranks: int, engines: Engines) -> None:
-    start = time.monotonic()
     argv = launch(num_ranks, "run", engines(2), "--prompt", "x")
-    done = ran(*argv if num_ranks > 1 else [sys.executable, "-m", "puna", *argv[-4:]])
-    assert time.monotonic() - start < 5
-    assert (done.returncode, done.stdout) == (2, "")
     expected = f"puna: Engine world size (2) != Runtime world size ({num_ranks}): start 2 ranks"
-    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+    seconds = []
+    while not seconds or (min(seconds) > 5 and len(seconds) < 3):  # other tests use this machine
+        start = time.monotonic()
+        done = ran(*argv if num_ranks > 1 else [sys.executable, "-m", "puna", *argv[-4:]])
+        seconds.append(time.monotonic() - start)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+    assert min(seconds) < 5, seconds
 
 
 def test_only_rank_0_prints(engines: Engines) -> None:
@@ -318,52 +333,70 @@ def test_a_damaged_file_of_one_rank(engines: Engines, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.fixture(params=["puna launch", "open mpi"])
-def endless(
-    request: pytest.FixtureRequest, engines: Engines, script, tmp_path: Path
-) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A job of four ranks in the middle of its work, and its processes."""
-    argv = LAUNCHERS[request.param](4)
-    if shutil.which(str(argv[0])) is None:
-        pytest.skip(f"needs {argv[0]}")
-    mark = tmp_path / "mark"
-    argv = [*map(str, argv), str(script(ENDLESS)), str(engines(2, 2)), str(mark)]
+@dataclass
+class Job:
+    process: subprocess.Popen[str]
+    pids: list[int]  # by rank
+
+
+@contextmanager
+def endless(launcher: str, engine: Path, num_ranks: int, tmp_path: Path) -> Iterator[Job]:
+    """A job in the middle of its work."""
+    program, mark = tmp_path / "program.py", tmp_path / "mark"
+    program.write_text(ENDLESS)
+    argv = [*launcher_argv(launcher, num_ranks), str(program), str(engine), str(mark)]
     pipe = subprocess.PIPE
-    job = subprocess.Popen(argv, cwd=ROOT, env=environment(), stderr=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment(), stderr=pipe, stdout=pipe, text=True
+    )
     try:
         deadline = time.monotonic() + 90
         while not Path(f"{mark}.started").exists():
-            assert job.poll() is None and time.monotonic() < deadline, "it did not start"
+            assert process.poll() is None and time.monotonic() < deadline, "it did not start"
             time.sleep(0.05)
         time.sleep(0.5)
-        yield job, [int(Path(f"{mark}.{rank}").read_text()) for rank in range(4)]
+        pids = [int(Path(f"{mark}.{rank}").read_text()) for rank in range(num_ranks)]
+        yield Job(process, pids)
     finally:
-        job.kill()
-        job.wait()
+        process.kill()
+        process.communicate()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_ends_all(victim: int, endless) -> None:
-    job, pids = endless
-    os.kill(pids[victim], signal.SIGKILL)
-    _, err = job.communicate(timeout=30)
-    assert job.returncode != 0
-    assert f"rank {victim} " in err and "Traceback" not in err, err
-    gone(pids)
+@pytest.mark.parametrize(
+    ("launcher", "tp", "pp", "victim"),
+    [("puna launch", 2, 1, 0), ("puna launch", 2, 2, 2), ("open mpi", 2, 1, 1)],
+)
+def test_a_killed_rank_ends_all(
+    launcher: str, tp: int, pp: int, victim: int, engines: Engines, tmp_path: Path
+) -> None:
+    with endless(launcher, engines(tp, pp), tp * pp, tmp_path) as job:
+        os.kill(job.pids[victim], signal.SIGKILL)
+        _, err = job.process.communicate(timeout=30)
+        assert job.process.returncode != 0
+        assert f"rank {victim} " in err and "Traceback" not in err, err
+        gone(job.pids)
 
 
-def test_a_killed_launcher_leaves_no_orphans(endless) -> None:
-    job, pids = endless
-    job.kill()
-    gone(pids)
+@pytest.mark.parametrize("launcher", ["puna launch", "open mpi"])
+def test_a_killed_launcher_leaves_no_orphans(
+    launcher: str, engines: Engines, tmp_path: Path
+) -> None:
+    with endless(launcher, engines(2), 2, tmp_path) as job:
+        job.process.kill()
+        gone(job.pids)
 
 
-def test_an_interrupt_ends_all(endless) -> None:
-    job, pids = endless
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
-    assert job.returncode != 0
-    gone(pids)
+@pytest.mark.parametrize("launcher", ["puna launch", "open mpi"])
+def test_an_interrupt_ends_all(launcher: str, engines: Engines, tmp_path: Path) -> None:
+    with endless(launcher, engines(2), 2, tmp_path) as job:
+        for pid in job.pids if launcher == "puna launch" else ():
+            found = psutil.Process(pid).net_connections("tcp")
+            listening = {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+            assert listening == {"127.0.0.1"}, "what ranks of one host say stays on it"
+        job.process.send_signal(signal.SIGTERM)
+        job.process.communicate(timeout=30)
+        assert job.process.returncode != 0
+        gone(job.pids)
 
 
 def gone(pids: list[int]) -> None:
@@ -373,10 +406,14 @@ def gone(pids: list[int]) -> None:
         time.sleep(0.1)
 
 
-def test_json_and_bench_over_ranks(engines: Engines) -> None:
-    argv = launch(
-        2, "bench", "latency", engines(2), "--isl", 8, "--osl", 4, "--rounds", 1, "--json"
-    )
-    done = ran(*argv)
+def test_bench_over_ranks(engines: Engines) -> None:
+    options = ("--isl", 8, "--osl", 4, "--rounds", 1, "--json")
+    done = ran(*launch(2, "bench", "latency", engines(2), *options))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["osl"] == 4
+    found = json.loads(done.stdout)
+    assert (found["osl"], found["ranks"]) == (4, 2)
+    config = read_config(engines(2))
+    assert found["weight_bytes"] == step_weight_bytes(config)
+    assert found["gb_s"] == pytest.approx(
+        (found["weight_bytes"] + found["kv_bytes"]) / found["decode_ms"] / 1e6, rel=1e-4
+    )

@@ -12,8 +12,9 @@ from backends import backends, cpu_ops, multiplies_bfloat16
 from paged import Sequence, cache_arrays, floats, paged
 
 from puna.batch import ForwardBatch
-from puna.cpu.ops import CpuOps, instruction_sets, num_cores
+from puna.cpu.ops import CpuOps, instruction_sets
 from puna.layout import pack_dense, pack_quantised
+from puna.native.cores import num_cores
 from puna.native.library import find_library
 from puna.ops import Linear, Norm, Program, RopeTable, Stream
 from puna.quant import DTYPES, Array, Format, quantize
@@ -230,5 +231,5 @@ def test_the_instruction_sets_of_this_machine() -> None:
 
 
 def test_default_threads_are_cores() -> None:
-    assert 1 <= num_cores() <= len(os.sched_getaffinity(0))
+    assert cpu_ops(threads=None).threads == num_cores() <= len(os.sched_getaffinity(0))
     assert cpu_ops(threads=1).threads == 1

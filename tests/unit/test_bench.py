@@ -30,6 +30,7 @@ from puna.llm import LLM
 from puna.native.bandwidth import BUFFER_BYTES, numpy_read_bandwidth, read_bandwidth
 from puna.native.library import find_library
 from puna.plan import BuildConfig
+from puna.runtime.launch import World
 from puna.runtime.step import StepPlan
 from puna.spec import GenerationDefaults, ModelSpec
 
@@ -95,6 +96,7 @@ def test_one_sequence(open_llm: Callable[..., LLM], tmp_path: Path) -> None:
         result = measure_latency(llm, run, lambda done, total: told.append((done, total)))
         plans = llm.session.plans
     assert (result.engine, result.device, result.threads) == (str(tmp_path), "fake", 3)
+    assert result.ranks == 1
     assert (result.batch, result.isl, result.osl, result.rounds) == (1, 10, 6, 3)
     assert result.ttft_ms == 12_000 and result.prefill_tok_s == pytest.approx(10 / 12)
     assert result.decode_ms == 3_000 and result.tok_s == pytest.approx(1 / 3)
@@ -132,6 +134,30 @@ def test_weight_bytes(is_tied: bool) -> None:
     layer = 2 * HIDDEN + HIDDEN * (HIDDEN + 2 * kv_size) + HIDDEN * HIDDEN + 3 * HIDDEN * FFN
     num_read = LAYERS * layer + HIDDEN + VOCAB * HIDDEN  # the head, tied or not
     assert step_weight_bytes(planned(is_tied, dtype="float32")) == 4 * num_read
+
+
+def test_weight_bytes_of_ranks() -> None:
+    """Shards add up to the whole; norms count for each rank that reads them."""
+    whole = step_weight_bytes(planned(dtype="float32"))
+    norms = 4 * (2 * LAYERS + 1) * HIDDEN
+    assert step_weight_bytes(planned(dtype="float32", tp_size=2)) == whole + norms
+    for is_tied in (False, True):
+        assert whole == step_weight_bytes(planned(is_tied, dtype="float32", pp_size=2))
+
+
+def test_kv_bytes_of_ranks() -> None:
+    run = LatencyRun(batch=3, isl=10, osl=8)
+    whole = step_kv_bytes(planned(), run)
+    for tp_size, pp_size, times in ((2, 1, 1), (1, 2, 1), (4, 1, 2), (4, 2, 2)):
+        assert step_kv_bytes(planned(tp_size=tp_size, pp_size=pp_size), run) == times * whole
+
+
+def test_the_read_limit_of_ranks(open_llm: Callable[..., LLM]) -> None:
+    """That of a host with all its ranks' threads, times the hosts."""
+    with open_llm() as llm:
+        llm.world = World(0, 8, 0, 4)
+        result = measure_latency(llm, LatencyRun(isl=4, osl=3, rounds=1))
+    assert result.read_gb_s == 25 * (4 * 3 - 1) * 2
 
 
 def test_kv_bytes() -> None:

@@ -133,6 +133,8 @@ def test_no_rank_0_anywhere() -> None:
         join(world, "digest", Ended(), 0.5)
     with pytest.raises(LaunchError, match=r"does not tell where rank 0 is: pass --master-addr"):
         join(replace(world, addresses=()), "digest", Ended(), 0.5)
+    with pytest.raises(LaunchError, match="does not tell this job from others: pass --master-port"):
+        join(replace(world, job=""), "digest", Ended(), 0.5)
 
 
 def test_two_jobs_that_want_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
