@@ -36,6 +36,14 @@ class Parser(argparse.ArgumentParser):
             f"(default: {default})",
         )
 
+    def add_master(self) -> None:
+        self.add_argument(
+            "--master_addr",
+            metavar="HOST",
+            help="of rank 0, where the launcher does not tell; see docs/deploy.md",
+        )
+        self.add_argument("--master_port", type=int, metavar="N", help="the same")
+
     def error(self, message: str) -> NoReturn:
         line = f"{self.prog}: {message} (see {self.prog} --help)\n"
         self.exit(2, line if speaks_for_all() else None)

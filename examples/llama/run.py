@@ -65,6 +65,7 @@ def parser() -> Parser:
     add("--top_p", type=float, metavar="X", help="0: no limit but --top_k (0)")
     add("--repetition_penalty", type=float, metavar="X", help="1")
     add("--max_kv_cache_len", type=int, metavar="N", help="refused where it would cut a sequence")
+    parser.add_master()
     return parser
 
 
@@ -163,7 +164,8 @@ def open_llm(flags: Flags) -> tuple[LLM, list[str]]:
         notes.append(str(error))
     bar = byte_bar("loading") if flags.is_talkative else nullcontext()
     with bar as progress:
-        llm = LLM(flags["engine_dir"], tokenizer=folder, progress=progress, world=find_world())
+        world = find_world(flags["master_addr"], flags["master_port"])
+        llm = LLM(flags["engine_dir"], tokenizer=folder, progress=progress, world=world)
     return llm, notes
 
 

@@ -54,6 +54,7 @@ def parser() -> Parser:
     add("--num_beams", type=int, metavar="N", help="default: 1")
     add("--top_k", type=int, metavar="N", help="default: 1, greedy")
     add("--output_len", type=int, metavar="N", help="new tokens (100)")
+    parser.add_master()
     return parser
 
 
@@ -78,6 +79,8 @@ def arguments(flags: Flags) -> list[str]:
         ("dataset_path", "--dataset-path"),
         ("batch_size", "--batch-size"),
         ("data_type", "--data-type"),
+        ("master_addr", "--master-addr"),
+        ("master_port", "--master-port"),
     ):
         if name in flags:
             found += [option, flags[name]]

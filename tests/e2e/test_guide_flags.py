@@ -432,6 +432,7 @@ def test_the_other_flags_of_run(
     for arguments, reason in (
         ("--max_kv_cache_len 50", "a sequence may have 5"),
         ("--streaming --num_beams 2", "exclude each other"),
+        ("--master_port 99999", "master port 99999"),
         ("--streaming_interval 2", "needs --streaming"),
         ("--length_penalty 2", "length_penalty is 2.0 without beams"),
         ("--num_beams 2 --top_k 5", "beam search"),
@@ -463,6 +464,7 @@ def test_the_other_flags_of_run(
         ("--num_beams 2", "--num-beams 2"),
         ("--top_k 4", "--top-k 4"),
         ("--output_len 30", "--output-len 30"),
+        ("--master_addr h --master_port 9", "--master-addr h --master-port 9"),
     ],
 )
 def test_flags_of_summarize(arguments: str, expected: str, modules: dict[str, ModuleType]) -> None:
