@@ -92,7 +92,7 @@ def _add(
         default="auto",
         help="of the KV cache (default: as --dtype, and float16 for bfloat16)",
     )
-    add("--tp", type=int, default=1, metavar="N", help="split every layer over N ranks (default: 1)")
+    add("--tp", type=int, default=1, metavar="N", help="split each layer over N ranks (default: 1)")
     add("--pp", type=int, default=1, metavar="N", help="deal the layers to N stages (default: 1)")
     add("--target", default="auto", help="what the engine is laid out for (default: auto)")
     add("--max-seq-len", type=int, metavar="N", help="longest sequence (default: the model's)")
