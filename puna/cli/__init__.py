@@ -27,7 +27,7 @@ puna builds engines for LLaMA-family models and runs them.
   puna run ENGINE --prompt "Once upon"     text from the engine
   puna chat ENGINE                         a conversation with it
   puna summarize ENGINE                    ROUGE of its summaries of news articles
-  puna launch -n 2 -- run ENGINE ...       an engine of several ranks
+  puna launch -n 2 -- run ENGINE ...       an engine built for 2 processes (build --tp 2)
 
 A checkpoint is a directory with published weights, a .gguf file, or a hub id (org/name). An
 engine is the directory that puna builds from it, laid out for one target: copy it, inspect it,

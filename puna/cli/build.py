@@ -24,7 +24,7 @@ Turn a checkpoint into an engine.
   puna build ./Llama-3.2-1B-Instruct -o llama-1b           as the checkpoint is
   puna build ./Llama-3.2-1B-Instruct -o llama-1b-int8 --quant int8
   puna build model.Q4_1.gguf -o small                      GGUF blocks are kept as they are
-  puna build ./llama-2-70b -o 70b --tp 8                   one file a rank
+  puna build ./llama-2-70b -o 70b --tp 8                   for 8 ranks: puna launch -n 8 -- run 70b
   puna build --dummy llama-3-8b -o dummy                   no weights: for measuring
 """
 PLAN_HELP = """\
@@ -99,8 +99,8 @@ def _add(
         default="auto",
         help="of the KV cache (default: as --dtype, and float16 for bfloat16)",
     )
-    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: 1)")
-    add("--pp", type=int, default=1, metavar="N", help="pipeline stages (default: 1)")
+    add("--tp", type=int, default=1, metavar="N", help="split each layer over N ranks (default: 1)")
+    add("--pp", type=int, default=1, metavar="N", help="deal the layers to N stages (default: 1)")
     add("--target", default="auto", help="what the engine is laid out for (default: auto)")
     add("--max-seq-len", type=int, metavar="N", help="longest sequence (default: the model's)")
     add("--max-batch-size", type=int, metavar="N", help="most sequences at once (default: 8)")
@@ -140,8 +140,9 @@ def run_build(args: argparse.Namespace) -> int:
     label = config.dtype if config.quant == "none" else config.quant
     ranks = f" in {config.world_size} ranks" if config.world_size > 1 else ""
     print(f"{result.path}: {label} for {config.target}, {human_bytes(total)}{ranks}")
-    if config.world_size == 1 and has_tokenizer:
-        print(f'try: puna run {args.output} --prompt "Once upon a time"')
+    if has_tokenizer:
+        launch = f"launch -n {config.world_size} -- " if config.world_size > 1 else ""
+        print(f'try: puna {launch}run {args.output} --prompt "Once upon a time"')
     return 0
 
 

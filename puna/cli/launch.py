@@ -24,15 +24,20 @@ from puna.runtime.launch import (
 )
 
 HELP = """\
-Run a command of puna, or a Python script, as the ranks of an engine that has several.
+Run an engine that was built for several ranks (puna build --tp N, --pp N). A rank is one process,
+with its part of the model; an engine has --tp times --pp of them, and -n must be that number.
 
+  puna build CHECKPOINT --tp 2 -o engine
   puna launch -n 2 -- run engine --prompt "Once upon a time"
-  puna launch -n 4 --hosts gpu1,gpu2 -- summarize engine
-  puna launch -n 2 -- examples/llama/run.py --max_output_len=50 --engine_dir=engine
+  puna launch -n 2 --hosts node1,node2 -- bench latency engine
+  puna launch -n 2 -- program.py ...       a Python program that opens the engine with puna.LLM
 
-Only rank 0 prints. With --hosts the ranks are dealt to the hosts in order, and started over ssh in
-the directory of the same name; the engine must be there too. mpirun, torchrun and srun do as well:
-puna finds out from them which rank it is.
+After -- comes a command of puna (run, chat, summarize, bench) with its arguments, or a Python
+program; all ranks run it, and only rank 0 prints. Ranks need PyTorch: pip install "puna[ranks]".
+
+With --hosts the first ranks run on the first host, the next on the second. They are started over
+ssh, in the directory of the same name and with the same Python; the engine must be there too.
+mpirun, torchrun and srun can start the ranks as well: docs/deploy.md.
 """
 RANKED = ("run", "chat", "summarize", "bench")
 # Ranks hear of each other's end at once; one that does not end by itself is ended after this.
@@ -43,26 +48,42 @@ KILL_SECONDS = 5.0
 def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "launch",
-        help="the ranks of an engine, here or on several hosts",
+        help="run an engine of several ranks, here or on several hosts",
         description=HELP,
         parents=[parent],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-n", "--num-ranks", type=int, required=True, metavar="N", help="ranks, over all hosts")
-    add("--hosts", metavar="A,B", help="hosts to start them on (default: this one)")
+    add(
+        "-n",
+        "--num-ranks",
+        type=int,
+        required=True,
+        metavar="N",
+        help="ranks, on all hosts together",
+    )
+    add(
+        "--hosts",
+        metavar="A,B",
+        help="hosts to run on (default: this one), each with as many ranks",
+    )
     add(
         "--ssh",
         default="ssh",
         metavar="CMD",
-        help="how a command is run on a host: CMD HOST COMMAND (default: %(default)s)",
+        help="run in place of ssh, as CMD HOST COMMAND",
     )
     add(
         "--master-addr",
         metavar="HOST",
-        help="where the others reach rank 0 (default: the first host)",
+        help="where the other ranks reach rank 0 (default: the first host)",
     )
-    add("--master-port", type=int, metavar="N", help="where rank 0 listens (default: any of a few)")
+    add(
+        "--master-port",
+        type=int,
+        metavar="N",
+        help="the port at which rank 0 waits for the others (default: one that is free)",
+    )
     add("ranked", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each rank runs")
     parser.set_defaults(handler=run)
 

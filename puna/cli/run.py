@@ -145,7 +145,7 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         "--master-port",
         type=int,
         metavar="N",
-        help="where rank 0 listens (default: a port that follows from the job)",
+        help="the port at which rank 0 waits for the others (default: one of the job's own)",
     )
 
 
