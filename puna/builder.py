@@ -169,7 +169,7 @@ def _build(
     planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
     check_output(out, force)
     if workers is None:
-        workers = min(_num_cpus(), MAX_DEFAULT_WORKERS)
+        workers = min(num_cpus(), MAX_DEFAULT_WORKERS)
     for name, number in (("workers", workers), ("processes", processes)):
         if number < 1:
             raise ConfigError(f"{name} is {number}; it must be at least 1: raise it")
@@ -273,7 +273,8 @@ def _digest_sources(sources: list[Path], workers: int, bar: _Bar) -> dict[str, s
         }
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -16,7 +16,7 @@ from build_flags import DEFAULTS, NOTES, check_flags, parser
 from flags import Flags, print_notes
 
 from puna import build
-from puna.builder import open_source
+from puna.builder import num_cpus, open_source
 from puna.checkpoint import Checkpoint
 from puna.checkpoint.dummy import DummyCheckpoint
 from puna.checkpoint.hf import open_quantised
@@ -202,7 +202,7 @@ def check_kept(flags: Flags, checkpoint: Checkpoint) -> None:
 def run(flags: Flags) -> int:
     check_flags(flags)
     config, out = build_config(flags), Path(os.path.abspath(flags["output_dir"]))
-    processes = len(os.sched_getaffinity(0)) if "parallel_build" in flags else 1
+    processes = num_cpus() if "parallel_build" in flags else 1
     replaced = [f"replaced the engine that was in {flags['output_dir']}"] if is_engine(out) else []
     bar = byte_bar("building") if flags.is_talkative else nullcontext()
     with opened(flags) as checkpoint, bar as progress:
