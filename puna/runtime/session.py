@@ -10,7 +10,6 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,17 +23,7 @@ from puna.huge_pages import empty, map_file
 from puna.layout import ArraySpec
 from puna.manifest import check_files, read_manifest
 from puna.mapping import Mapping
-from puna.memory import (
-    Device,
-    available_bytes,
-    first_token_id,
-    human_bytes,
-    kv_block_bytes,
-    kv_cache_specs,
-    num_lanes,
-    rank_memory,
-    workspace_specs,
-)
+from puna.memory import first_token_id, kv_cache_specs, num_lanes, workspace_specs
 from puna.models.llama.model import Activations
 from puna.ops import Program, Reduce
 from puna.ops.sampling import sample
@@ -45,6 +34,7 @@ from puna.rank_file import (
 )
 from puna.runtime.comm import Comm
 from puna.runtime.device import Choice, choose_device, make_ops
+from puna.runtime.limits import check_ram, lower_limits, num_kv_blocks
 from puna.runtime.load import bind_model, generate_weights, map_weights
 from puna.runtime.lower import LoweredStep, Lowering
 from puna.runtime.step import StepPlan, StepResult
@@ -144,9 +134,9 @@ class Session:
         check_files(engine_dir, manifest, (), num_readers)
         digest = config.digest()
         chosen = choose_device(device, config)
-        config = _lower_limits(config, max_batch_size, max_num_tokens)
-        num_blocks = _num_blocks(config, kv_cache_bytes)
-        _check_ram(config, rank, chosen.device, num_blocks)
+        config = lower_limits(config, max_batch_size, max_num_tokens)
+        num_blocks = num_kv_blocks(config, kv_cache_bytes)
+        check_ram(config, rank, chosen.device, num_blocks)
         layout = rank_file(config, rank, digest)
         report = _meter(layout.num_bytes, progress)
         if config.dummy is not None:
@@ -364,52 +354,3 @@ def _cached(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value])
 
 def _allocate(specs: dict[str, ArraySpec]) -> dict[str, Array]:
     return {name: empty(shape, dtype) for name, (dtype, shape) in specs.items()}
-
-
-def _lower_limits(
-    config: EngineConfig, max_batch_size: int | None, max_num_tokens: int | None
-) -> EngineConfig:
-    limits = config.limits
-    asked = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens}
-    for name, value in asked.items():
-        most = getattr(limits, name)
-        if value is None:
-            continue
-        if not 1 <= value <= most:
-            raise EngineError(
-                f"{name} {value} is not between 1 and the engine's {most}: lower it, or build with "
-                f"a larger --{name.replace('_', '-')}"
-            )
-    batch = max_batch_size or limits.max_batch_size
-    if max_num_tokens is not None and max_batch_size is None:
-        batch = min(batch, max_num_tokens)
-    num_tokens = max_num_tokens or limits.max_num_tokens
-    return replace(config, limits=replace(limits, max_batch_size=batch, max_num_tokens=num_tokens))
-
-
-def _num_blocks(config: EngineConfig, kv_cache_bytes: int | None) -> int:
-    """KV blocks of `kv_cache_bytes` a rank: on all ranks what the one with most layers can have."""
-    if kv_cache_bytes is None:
-        return config.limits.num_blocks
-    block = max(kv_block_bytes(config, rank) for rank in range(config.world_size))
-    if kv_cache_bytes < 2 * block:
-        raise EngineError(
-            f"kv_cache_bytes {kv_cache_bytes} is too small: {config.limits.block_size} tokens take "
-            f"{block} bytes, and two such blocks are the least"
-        )
-    return kv_cache_bytes // block
-
-
-def _check_ram(config: EngineConfig, rank: int, device: Device, num_blocks: int) -> None:
-    """Refuse now what would be killed later. Mapped weights can be dropped by the system, so they
-    do not count; generated ones do."""
-    memory = rank_memory(config, rank, device)
-    kv_cache = num_blocks * kv_block_bytes(config, rank)
-    needed = memory.workspace + kv_cache + (memory.weights if config.dummy else 0)
-    available = available_bytes()
-    if available is not None and needed > available:
-        raise EngineError(
-            f"the engine needs {human_bytes(needed)} of RAM ({human_bytes(kv_cache)} of it KV "
-            f"cache), {human_bytes(available)} are free: lower --kv-cache-bytes, or build with a "
-            "smaller --max-seq-len, --max-batch-size or --quant"
-        )

@@ -32,7 +32,7 @@ from small_models import (
 )
 
 import puna.builder
-import puna.runtime.session
+import puna.runtime.limits
 from puna.errors import PunaError
 from puna.manifest import MANIFEST_FILE, write_manifest
 from puna.strict_json import canonical_json
@@ -271,7 +271,7 @@ def test_too_little_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(puna.builder, "available_bytes", lambda: 1000)
-    monkeypatch.setattr(puna.runtime.session, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(puna.runtime.limits, "available_bytes", lambda: 1000)
     line = refused("build", hf_checkpoint, "-o", tmp_path / "out" / "engine")
     assert "1 kB of RAM are free" in line and "lower --workers" in line
     assert not (tmp_path / "out").exists()

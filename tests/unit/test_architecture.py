@@ -30,7 +30,7 @@ RUN = [
     ("runtime.executor",),
     ("runtime.ranks",),
     ("runtime.session",),
-    ("runtime.load", "runtime.device", "runtime.comm"),
+    ("runtime.load", "runtime.limits", "runtime.device", "runtime.comm"),
     ("runtime.lower", "runtime.wire", "models"),
     ("runtime.lower_sampling",),
     (
