@@ -79,17 +79,35 @@ class Comm:
 
         `gathered` is room for all ranks' arrays: at least X * T * D numbers, flat.
         """
-        size, torch = self.mapping.tp_size, self._torch
+        size = self.mapping.tp_size
         assert partial_TD.flags.c_contiguous and gathered.size >= size * partial_TD.size
         all_XTD = gathered[: size * partial_TD.size].reshape(size, *partial_TD.shape)
-        own, everybody = torch.from_numpy(partial_TD.reshape(-1)), torch.from_numpy(all_XTD)
-        group, flat = self._tensor, everybody.view(-1)
+        gather = self._gather_call(partial_TD, all_XTD)
 
         def run() -> None:
-            self._do(lambda: group._allgather_base(flat, own))
+            gather()
             np.add(all_XTD[0], all_XTD[1], out=partial_TD)
             for other_TD in all_XTD[2:]:
                 np.add(partial_TD, other_TD, out=partial_TD)
+
+        return run
+
+    def _gather_call(self, own: Array, everybody: Array) -> Callable[[], None]:
+        """A call that fills everybody[x] with the `own` of rank x of the group.
+
+        Each sends to each: one message of latency, where gloo's own gathering hands everything
+        around in a ring, and through one more thread.
+        """
+        group, me = self._tensor, self.mapping.tp_rank
+        others = [rank for rank in range(self.mapping.tp_size) if rank != me]
+        sent = [self._torch.from_numpy(own)]
+        received = [(rank, [self._torch.from_numpy(everybody[rank])]) for rank in others]
+
+        def run() -> None:
+            receives = [(group.recv, target, rank) for rank, target in received]
+            sends = [(group.send, sent, rank) for rank in others]
+            self._do(lambda: [begin(arrays, rank, 0) for begin, arrays, rank in receives + sends])
+            everybody[me] = own
 
         return run
 
@@ -98,9 +116,7 @@ class Comm:
         size = self.mapping.tp_size
         assert logits_LV.flags.c_contiguous and gathered.size >= size * logits_LV.size
         all_XLV = gathered[: size * logits_LV.size].reshape(size, *logits_LV.shape)
-        flat = self._torch.from_numpy(all_XLV.reshape(-1))
-        own = self._torch.from_numpy(logits_LV.reshape(-1))
-        self._do(lambda: self._tensor._allgather_base(flat, own))
+        self._gather_call(logits_LV, all_XLV)()
         num_rows, num_columns = logits_LV.shape
         out.reshape(num_rows, size, num_columns)[:] = all_XLV.transpose(1, 0, 2)
 
@@ -115,20 +131,20 @@ class Comm:
 
     def wait_sent(self, slot: int) -> None:
         """Wait until what was sent from this slot has arrived."""
-        for work in self._sending.pop(slot, ()):
-            self._do(lambda work=work: work)
+        works = self._sending.pop(slot, [])
+        self._do(lambda: works)
 
     def receive_from_stage_before(self, arrays: tuple[Array, ...]) -> None:
         """Fill arrays with what the stage before sent, in the order in which it sent."""
         source = self.mapping.pp_rank - 1
-        for tag, array in enumerate(arrays):
-            target = [self._torch.from_numpy(array)]
-            self._do(lambda tag=tag, target=target: self._pipeline.recv(target, source, tag))
+        targets = [[self._torch.from_numpy(array)] for array in arrays]
+        self._do(lambda: [self._pipeline.recv(t, source, tag) for tag, t in enumerate(targets)])
 
-    def _do(self, begin: Callable[[], Any]) -> None:
-        """Wait for what `begin` starts."""
+    def _do(self, begin: Callable[[], list[Any]]) -> None:
+        """Wait for all that `begin` starts."""
         try:
-            begin().wait()
+            for work in begin():
+                work.wait()
         except RuntimeError:  # gloo's word for a lost connection
             self._peers.wait_for_end()
             raise

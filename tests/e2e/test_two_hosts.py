@@ -92,6 +92,7 @@ def hosts() -> Iterator[Hosts]:
 class Engine:
     path: Path
     other: Path  # of the same shape, with other weights
+    stages: Path  # with pp in place of tp
     expected: dict[str, object]  # what one rank on one host makes of the prompt
 
 
@@ -123,19 +124,26 @@ def engine(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("two_hosts")
     changed = {"norm.weight": np.full(SPEC.hidden_size, 2, np.float32)}
     paths = {}
-    for name, tp_size, changes in (("one", 1, {}), ("engine", 2, {}), ("other", 2, changed)):
+    for name, tp_size, pp_size, changes in (
+        ("one", 1, 1, {}),
+        ("engine", 2, 1, {}),
+        ("other", 2, 1, changed),
+        ("stages", 1, 2, {}),
+    ):
         checkpoint = open_checkpoint(write_checkpoint(folder / f"{name}.hf", **changes))
-        config = BuildConfig(dtype="float32", tp_size=tp_size)
+        config = BuildConfig(dtype="float32", tp_size=tp_size, pp_size=pp_size)
         paths[name] = build(checkpoint, folder / name, config).path
     done = ran(sys.executable, "-m", "puna", *run_command(paths["one"]))
     assert done.returncode == 0, done.stderr
-    return Engine(paths["engine"], paths["other"], answer(done.stdout))
+    return Engine(paths["engine"], paths["other"], paths["stages"], answer(done.stdout))
 
 
-def test_puna_launch(hosts: Hosts, engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["tp", "pp"])
+def test_puna_launch(split: str, hosts: Hosts, engine: Engine, tmp_path: Path) -> None:
+    path = engine.path if split == "tp" else engine.stages
     agent = hosts.agent(tmp_path / "agent")
     launch = ("launch", "-n", 2, "--hosts", ",".join(ADDRESSES), "--ssh", agent)
-    done = ran(sys.executable, "-m", "puna", *launch, "--", *run_command(engine.path))
+    done = ran(sys.executable, "-m", "puna", *launch, "--", *run_command(path))
     assert (done.returncode, done.stderr) == (0, "")
     assert answer(done.stdout) == engine.expected
 
