@@ -93,6 +93,7 @@ class Engine:
     path: Path
     other: Path  # of the same shape, with other weights
     stages: Path  # with pp in place of tp
+    four: Path  # tp 2 x pp 2
     expected: dict[str, object]  # what one rank on one host makes of the prompt
 
 
@@ -129,13 +130,16 @@ def engine(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Engine:
         ("engine", 2, 1, {}),
         ("other", 2, 1, changed),
         ("stages", 1, 2, {}),
+        ("four", 2, 2, {}),
     ):
         checkpoint = open_checkpoint(write_checkpoint(folder / f"{name}.hf", **changes))
         config = BuildConfig(dtype="float32", tp_size=tp_size, pp_size=pp_size)
         paths[name] = build(checkpoint, folder / name, config).path
     done = ran(sys.executable, "-m", "puna", *run_command(paths["one"]))
     assert done.returncode == 0, done.stderr
-    return Engine(paths["engine"], paths["other"], paths["stages"], answer(done.stdout))
+    return Engine(
+        *(paths[name] for name in ("engine", "other", "stages", "four")), answer(done.stdout)
+    )
 
 
 @pytest.mark.parametrize("split", ["tp", "pp"])
@@ -149,12 +153,13 @@ def test_puna_launch(split: str, hosts: Hosts, engine: Engine, tmp_path: Path) -
 
 
 def test_open_mpi(hosts: Hosts, engine: Engine, tmp_path: Path) -> None:
+    """Two ranks on each host: tensor parallel within a host, pipeline stages between them."""
     if shutil.which("mpirun.openmpi") is None:
         pytest.skip("needs mpirun.openmpi")
     agent = hosts.agent(tmp_path / "agent")
-    where = ",".join(f"{address}:1" for address in ADDRESSES)
+    where = ",".join(f"{address}:2" for address in ADDRESSES)
     mpirun = ("mpirun.openmpi", "-H", where, "--mca", "plm_rsh_agent", agent, "-x", "PYTHONPATH")
-    rank = (sys.executable, "-m", "puna", *run_command(engine.path))
+    rank = (sys.executable, "-m", "puna", *run_command(engine.four))
     done = ran(*hosts.on(0), *mpirun, *rank)
     assert done.returncode == 0, done.stderr
     assert answer(done.stdout) == engine.expected
