@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from small_models import ROOT, Puna, Refused
 
-import puna.runtime.session
+import puna.runtime.device
 from puna.cli import main
 from puna.cpu.ops import instruction_sets
 from puna.native.library import find_library, why_missing
@@ -28,7 +28,7 @@ def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     nowhere = tmp_path / "libpuna.so"
     for function in (find_library, why_missing):
         name = function.__name__
-        monkeypatch.setattr(puna.runtime.session, name, lambda it=function: it(nowhere))
+        monkeypatch.setattr(puna.runtime.device, name, lambda it=function: it(nowhere))
     return f"there is no {nowhere}"
 
 
@@ -82,8 +82,8 @@ def test_auto_is_cpu_and_each_instruction_set_answers(engine: Path, puna: Puna) 
 
 
 @contextmanager
-def puna_session(engine: Path) -> Iterator[puna.runtime.session.Session]:
-    session = puna.runtime.session.Session.open(engine)
+def puna_session(engine: Path) -> Iterator[puna.runtime.device.Session]:
+    session = puna.runtime.device.Session.open(engine)
     yield session
     session.close()
 
