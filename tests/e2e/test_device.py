@@ -13,6 +13,7 @@ import pytest
 from small_models import ROOT, Puna, Refused
 
 import puna.runtime.device
+import puna.runtime.session
 from puna.cli import main
 from puna.cpu.ops import instruction_sets
 from puna.native.library import find_library, why_missing
@@ -82,8 +83,8 @@ def test_auto_is_cpu_and_each_instruction_set_answers(engine: Path, puna: Puna) 
 
 
 @contextmanager
-def puna_session(engine: Path) -> Iterator[puna.runtime.device.Session]:
-    session = puna.runtime.device.Session.open(engine)
+def puna_session(engine: Path) -> Iterator[puna.runtime.session.Session]:
+    session = puna.runtime.session.Session.open(engine)
     yield session
     session.close()
 
