@@ -481,6 +481,7 @@ def test_flags_of_summarize(arguments: str, expected: str, modules: dict[str, Mo
 
 
 def test_what_summarize_refuses(script: Script) -> None:
+    pytest.importorskip("rouge_score")
     for arguments, reason in (
         ("", "nothing is to summarize"),
         ("--test_hf --check_accuracy", "--test_trt_llm"),

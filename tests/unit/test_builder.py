@@ -224,7 +224,7 @@ def test_two_builds_of_one_name(tmp_path: Path) -> None:
 
 def test_default_workers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build on a machine of many CPUs needs no more memory than on one of a few."""
-    monkeypatch.setattr(puna.builder, "_num_cpus", lambda: 256)
+    monkeypatch.setattr(puna.builder, "num_cpus", lambda: 256)
     seen: list[int] = []
     monkeypatch.setattr(puna.builder, "_check_room", lambda out, plan, n: seen.append(n))
     build(dummy(), tmp_path / "engine")
