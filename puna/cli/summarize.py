@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
     prompts = encode_prompts(tokenizer, dataset.samples, max_seq_len, options.output_len)
 
     args.tokenizer = str(folder)
-    results = _run_systems(args, tokenizer, prompts, options)
+    device, results = _run_systems(args, tokenizer, prompts, options)
     references = [sample.highlights for sample in dataset.samples]
     scores = [rouge_scores(result.summaries, references) for result in results]
-    report = _report(args, dataset, results, scores)
+    report = _report(args, device, dataset, results, scores)
     if args.json:
         print(json.dumps(report))
     else:
@@ -144,17 +144,18 @@ def _data_type_note(args: argparse.Namespace) -> str | None:
 
 def _run_systems(
     args: argparse.Namespace, tokenizer: Any, prompts: list[list[int]], options: Any
-) -> list[SystemResult]:
-    """The engine, then transformers, whichever are asked for: one of them in memory at a time."""
+) -> tuple[str, list[SystemResult]]:
+    """The device, and what each made of the prompts: the engine, then transformers, whichever are
+    asked for; one of them in memory at a time."""
     from puna.summarize import summarize_with_llm, summarize_with_transformers
     from puna.summarize.systems import eos_token_ids
 
     results: list[SystemResult] = []
-    args.device_used, batch_size, eos = "cpu", args.batch_size or 1, tokenizer.eos_token_ids
+    device, batch_size, eos = "cpu", args.batch_size or 1, tokenizer.eos_token_ids
     if args.engine is not None:
         with open_llm(args, max_batch_size=args.batch_size) as llm:
             assert llm.session is not None
-            args.device_used = llm.session.device
+            device = llm.session.device
             batch_size = args.batch_size or llm.config.limits.max_batch_size
             eos = eos_token_ids(llm, tokenizer)
             with prompt_bar("summarizing", args.quiet) as progress:
@@ -169,15 +170,16 @@ def _run_systems(
                 eos=eos,
                 data_type=args.data_type or "fp16",
                 batch_size=batch_size,
-                device="cuda" if args.device_used.startswith("cuda") else "cpu",
+                device="cuda" if device.startswith("cuda") else "cpu",
                 progress=progress,
             )
         results.append(theirs)
-    return results
+    return device, results
 
 
 def _report(
     args: argparse.Namespace,
+    device: str,
     dataset: Dataset,
     results: list[SystemResult],
     scores: list[RougeScores],
@@ -185,7 +187,7 @@ def _report(
     first = dataset.samples[0]
     return {
         "engine": args.engine,
-        "device": args.device_used,
+        "device": device,
         "dataset": dataset.source,
         "num_samples": len(dataset.samples),
         "output_len": args.output_len,

@@ -114,7 +114,8 @@ def open_ranks(
         config = read_config(engine_dir)
         check_world_size(config, world.size)
     except PunaError as error:
-        tell_failure(world, str(error))
+        if not world.is_one_host:  # where rank 0 reads the same files, and finds the same
+            tell_failure(world, str(error))
         raise
     peers = join(world, config.digest(), _end)
     with _telling(peers):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 from puna.errors import ConfigError
 from puna.llm import LLM
@@ -35,22 +35,17 @@ class SummaryOptions:
 
     def sampling_params(self) -> SamplingParams:
         """All of it stated, so that no default of the checkpoint comes in."""
-        params = SamplingParams(
+        is_greedy = self.top_k == 1
+        return SamplingParams(
             max_new_tokens=self.output_len,
-            temperature=0.0 if self.top_k == 1 else 1.0,
-            top_k=self.top_k,
+            temperature=0.0 if is_greedy else 1.0,
+            top_k=0 if is_greedy else self.top_k,
             top_p=1.0,
             min_p=0.0,
             repetition_penalty=1.0,
             seed=0,
+            num_beams=self.num_beams,
         )
-        if self.num_beams == 1:
-            return params
-        if "num_beams" not in {field.name for field in fields(SamplingParams)}:
-            raise ConfigError(
-                f"num_beams is {self.num_beams}, and this puna has no beam search: use 1"
-            )
-        return replace(params, **{"num_beams": self.num_beams})
 
 
 @dataclass(frozen=True)

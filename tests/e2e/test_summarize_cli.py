@@ -217,6 +217,16 @@ def test_side_by_side(float32_engine: Path, hf_model: Path, rows: Path, puna: Pu
     assert found.status == 0 and "\ntransformers, samples: 5\n" in found.out
 
 
+def test_beams_side_by_side(float32_engine: Path, hf_model: Path, rows: Path, puna: Puna) -> None:
+    ask = summarize(float32_engine, rows, "--hf-model", hf_model, "--test-hf", "--json")
+    greedy, beams = (
+        json.loads(puna(*ask, "--data-type", "fp32", "--num-beams", n).out) for n in (1, 3)
+    )
+    assert beams["num_beams"] == 3
+    assert beams["summaries"]["puna"] == beams["summaries"]["transformers"]
+    assert beams["summaries"]["puna"] != greedy["summaries"]["puna"]
+
+
 def test_hf_folder_below(
     float32_engine: Path, hf_model: Path, rows: Path, tmp_path: Path, puna: Puna
 ) -> None:
