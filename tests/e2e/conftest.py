@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rank_jobs import SHAPE, Engines
 from small_models import DUMMY, Puna, Ran, Refused, write_checkpoint, write_tokenizer
 
+from puna import BuildConfig, build
+from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
 from puna.cli import main
 
 
@@ -54,8 +57,6 @@ def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine(hf_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engine of `hf_checkpoint`; not to be changed."""
-    from puna import build
-
     return build(hf_checkpoint, tmp_path_factory.mktemp("engines") / "engine").path
 
 
@@ -75,3 +76,19 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(source, tmp_path / f"copy-of-{source.name}"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def rank_engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """rank_engines(tp=, pp=): the miniature in float32, made once; not to be changed."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def get(tp: int = 1, pp: int = 1) -> Path:
+        if (tp, pp) not in made:
+            checkpoint = DummyCheckpoint(parse_preset(SHAPE), seed=1)
+            config = BuildConfig(dtype="float32", tp_size=tp, pp_size=pp)
+            out = tmp_path_factory.mktemp("engines") / f"tp{tp}pp{pp}"
+            made[tp, pp] = build(checkpoint, out, config, materialize=True).path
+        return made[tp, pp]
+
+    return get
