@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rank_jobs import SHAPE, Engines
-from small_models import DUMMY, Puna, Ran, Refused, write_checkpoint, write_tokenizer
+from small_models import (
+    DUMMY,
+    ROOT,
+    Puna,
+    Ran,
+    Refused,
+    Script,
+    write_checkpoint,
+    write_tokenizer,
+)
 
 from puna import BuildConfig, build
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
-from puna.cli import main
+from puna.cli import exit_status, main
+
+EXAMPLES = ROOT / "examples" / "llama"
+SCRIPTS = ("flags", "build_flags", "build", "run", "summarize")
 
 
 @pytest.fixture
@@ -92,3 +107,35 @@ def rank_engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
         return made[tp, pp]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def examples() -> Iterator[dict[str, ModuleType]]:
+    """The scripts of examples/llama, which import each other by their plain names."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield {name: importlib.import_module(name) for name in SCRIPTS}
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run_example(examples: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> Script:
+    """run_example(name, command line): run one of the scripts in this process; ␣ is a space."""
+
+    def run(name: str, command: str) -> Ran:
+        capsys.readouterr()
+        module = examples[name]
+        parser = examples["build_flags"].parser if name == "build" else module.parser
+        words = [word.replace("␣", " ") for word in command.split()]
+        try:
+            status: object = exit_status(
+                lambda: module.run(examples["flags"].Flags(parser(), module.DEFAULTS, words))
+            )
+        except SystemExit as error:
+            status = error.code
+        return Ran(status, *capsys.readouterr())
+
+    return run

@@ -25,6 +25,7 @@ class Ran(NamedTuple):
 
 Puna = Callable[..., Ran]
 Refused = Callable[..., str]
+Script = Callable[..., Ran]
 
 
 def weights(vocab_size: int = 300) -> dict[str, np.ndarray]:

@@ -5,30 +5,19 @@ The scripts of examples/llama run in this process here; `test_guide` runs them a
 
 from __future__ import annotations
 
-import importlib
-import io
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoint_writers import SPEC, write_meta
 from quantised_writers import How, quantised_layers, save, tensors_of
-from small_models import ROOT, Ran, weights, write_checkpoint
+from small_models import ROOT, Script, weights, write_checkpoint
 
 import puna.builder
-from puna.cli import exit_status
 from puna.engine import read_config
-from puna.tokenizer import load_tokenizer
-
-EXAMPLES = ROOT / "examples" / "llama"
-SCRIPTS = ("flags", "build_flags", "build", "run", "summarize")
-Script = Callable[..., Ran]
 
 # A flag, and how config.json shows what it does; `{}` is a folder with checkpoints.
 BUILD_EFFECTS = {
@@ -138,38 +127,6 @@ CONTRADICTIONS = {
 
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[dict[str, ModuleType]]:
-    """The scripts, which import each other by their plain names."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield {name: importlib.import_module(name) for name in SCRIPTS}
-    finally:
-        sys.path.remove(str(EXAMPLES))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def script(modules: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> Script:
-    """script(name, command line): run one in this process."""
-
-    def run(name: str, command: str) -> Ran:
-        capsys.readouterr()
-        module = modules[name]
-        parser = modules["build_flags"].parser if name == "build" else module.parser
-        words = [word.replace("␣", " ") for word in command.split()]
-        try:
-            status: object = exit_status(
-                lambda: module.run(modules["flags"].Flags(parser(), module.DEFAULTS, words))
-            )
-        except SystemExit as error:
-            status = error.code
-        return Ran(status, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf, meta and gptq.safetensors, which has hf's layers in groups of 16."""
     path = tmp_path_factory.mktemp("checkpoints")
@@ -185,10 +142,10 @@ def names(parser: Any) -> set[str]:
     return {action.dest for action in parser._actions} - {"help"}
 
 
-def test_the_flags_are_the_guides(modules: dict[str, ModuleType]) -> None:
-    assert names(modules["build_flags"].parser()) == BUILD_FLAGS
-    assert names(modules["run"].parser()) >= set(RUN_FLAGS.split())
-    assert names(modules["summarize"].parser()) >= set(SUMMARIZE_FLAGS.split())
+def test_the_flags_are_the_guides(examples: dict[str, ModuleType]) -> None:
+    assert names(examples["build_flags"].parser()) == BUILD_FLAGS
+    assert names(examples["run"].parser()) >= set(RUN_FLAGS.split())
+    assert names(examples["summarize"].parser()) >= set(SUMMARIZE_FLAGS.split())
     guide = ROOT.parent / "shared" / "guide" / "LLAMA_GUIDE.md"
     if not guide.is_file():
         return
@@ -217,70 +174,72 @@ def look_up(config: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("flag", BUILD_EFFECTS)
 def test_flag_that_changes_the_engine(
-    flag: str, script: Script, checkpoints: Path, tmp_path: Path
+    flag: str, run_example: Script, checkpoints: Path, tmp_path: Path
 ) -> None:
     arguments, path, value = BUILD_EFFECTS[flag]
     shape = "" if "_dir" in arguments else SHAPE
-    built = script(
+    built = run_example(
         "build", f"{shape} {arguments.format(*[checkpoints] * 2)} --output_dir {tmp_path}/e"
     )
     assert built.status == 0, built.err
     assert look_up(json.loads((tmp_path / "e" / "config.json").read_text()), path) == value
-    assert script("build", f"{SHAPE} --output_dir {tmp_path}/plain").status == 0
+    assert run_example("build", f"{SHAPE} --output_dir {tmp_path}/plain").status == 0
     plain = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert look_up(plain, path) != value
 
 
 @pytest.mark.parametrize("flag", BUILD_NOTES)
-def test_flag_that_changes_nothing_says_so(flag: str, script: Script, tmp_path: Path) -> None:
-    plain = script("build", f"{SHAPE} --output_dir {tmp_path}/plain")
-    built = script("build", f"{SHAPE} {BUILD_NOTES[flag]} --output_dir {tmp_path}/e")
+def test_flag_that_changes_nothing_says_so(flag: str, run_example: Script, tmp_path: Path) -> None:
+    plain = run_example("build", f"{SHAPE} --output_dir {tmp_path}/plain")
+    built = run_example("build", f"{SHAPE} {BUILD_NOTES[flag]} --output_dir {tmp_path}/e")
     assert built.status == 0 and plain.status == 0
     assert (built.err.count("\n"), plain.err.count("\n")) == (1, 1)
     assert f"note: {flag}: " in built.err and flag not in plain.err
     assert read_config(tmp_path / "e") == read_config(tmp_path / "plain")
 
 
-def test_all_notes_are_one_line(script: Script, tmp_path: Path) -> None:
+def test_all_notes_are_one_line(run_example: Script, tmp_path: Path) -> None:
     given = " ".join(set(BUILD_NOTES.values()) - {"--enable_context_fmha"})
     for _ in range(2):
-        built = script("build", f"{SHAPE} {given} --output_dir {tmp_path}/e")
+        built = run_example("build", f"{SHAPE} {given} --output_dir {tmp_path}/e")
     assert built.status == 0 and built.err.count("\n") == 1
     for text in (*BUILD_NOTES.keys() - {"enable_context_fmha"}, "max_seq_len 2560", "replaced"):
         assert text in built.err
 
 
 @pytest.mark.parametrize("flag", BUILD_REFUSED)
-def test_flag_that_is_refused(flag: str, script: Script, tmp_path: Path) -> None:
+def test_flag_that_is_refused(flag: str, run_example: Script, tmp_path: Path) -> None:
     arguments, advice = BUILD_REFUSED[flag]
-    found = script("build", f"{SHAPE} {arguments} --output_dir {tmp_path}/e")
+    found = run_example("build", f"{SHAPE} {arguments} --output_dir {tmp_path}/e")
     assert (found.status, found.out, found.err.count("\n")) == (2, "", 1)
     assert f"--{flag} asks for what puna does not have" in found.err and advice in found.err
     assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.parametrize("arguments", CONTRADICTIONS)
-def test_contradiction(arguments: str, script: Script, checkpoints: Path, tmp_path: Path) -> None:
+def test_contradiction(
+    arguments: str, run_example: Script, checkpoints: Path, tmp_path: Path
+) -> None:
     shape = "" if "model_dir" in arguments or "--meta" in arguments else SHAPE
     out = "" if "--output_dir" in arguments else f"--output_dir {tmp_path}/e"
-    found = script("build", f"{shape} {arguments.format(checkpoints)} {out}")
+    found = run_example("build", f"{shape} {arguments.format(checkpoints)} {out}")
     assert (found.status, found.out, found.err.count("\n")) == (2, "", 1), found
     assert re.search(CONTRADICTIONS[arguments], found.err), found.err
 
 
 def test_values_that_are_the_checkpoints_are_welcome(
-    script: Script, checkpoints: Path, tmp_path: Path
+    run_example: Script, checkpoints: Path, tmp_path: Path
 ) -> None:
     same = f"--n_layer {SPEC.num_layers} --inter_size 96 --hidden_act silu --vocab_size 300"
-    found = script("build", f"--model_dir {checkpoints}/hf {same} --output_dir {tmp_path}/e")
+    found = run_example("build", f"--model_dir {checkpoints}/hf {same} --output_dir {tmp_path}/e")
     assert found.status == 0, found
     scaled = "--rotary_scaling dynamic 4"
-    found = script("build", f"--model_dir {checkpoints}/hf {scaled} --output_dir {tmp_path}/e")
+    found = run_example("build", f"--model_dir {checkpoints}/hf {scaled} --output_dir {tmp_path}/e")
     assert found.status == 0 and read_config(tmp_path / "e").spec.rope.type == "dynamic"
 
 
 def test_parallel_build(
-    script: Script, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_example: Script, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process a rank, at most as many as there are CPUs; the same bytes."""
     calls: list[int] = []
@@ -293,201 +252,30 @@ def test_parallel_build(
     monkeypatch.setattr(puna.builder, "write_ranks_in_processes", spy)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     command = f"--model_dir {checkpoints}/hf --world_size 4 --output_dir {tmp_path}"
-    assert script("build", f"{command}/one").status == 0 and not calls
-    assert script("build", f"{command}/many --parallel_build").status == 0 and calls == [2]
+    assert run_example("build", f"{command}/one").status == 0 and not calls
+    assert run_example("build", f"{command}/many --parallel_build").status == 0 and calls == [2]
     for path in (tmp_path / "one").glob("*.*"):
         assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
 
 
-def test_log_level(script: Script, tmp_path: Path) -> None:
+def test_log_level(run_example: Script, tmp_path: Path) -> None:
     command = f"{SHAPE} --output_dir {tmp_path}/e --use_gemm_plugin --log_level"
-    talkative, quiet = script("build", f"{command} info"), script("build", f"{command} error")
+    talkative, quiet = (
+        run_example("build", f"{command} info"),
+        run_example("build", f"{command} error"),
+    )
     assert f"{tmp_path}/e: " in talkative.out and quiet.out == ""
     assert "use_gemm_plugin" in quiet.err
-    assert "kv_cache_tokens" in script("build", f"{command} verbose").out
+    assert "kv_cache_tokens" in run_example("build", f"{command} verbose").out
 
 
-def test_what_the_flags_say_of_gptq(script: Script, checkpoints: Path, tmp_path: Path) -> None:
+def test_what_the_flags_say_of_gptq(run_example: Script, checkpoints: Path, tmp_path: Path) -> None:
     command = (
         f"--model_dir {checkpoints}/hf --quant_ckpt_path {checkpoints}/gptq.safetensors "
         f"--use_weight_only --weight_only_precision int4_gptq --per_group --output_dir {tmp_path}/e"
     )
-    assert script("build", f"{command} --group_size 16").status == 0
-    assert "the checkpoint has int4-g16" in script("build", f"{command} --group_size 64").err
+    assert run_example("build", f"{command} --group_size 16").status == 0
+    assert "the checkpoint has int4-g16" in run_example("build", f"{command} --group_size 64").err
     dummy = f"{SHAPE} --use_weight_only --weight_only_precision int4_awq --output_dir {tmp_path}/d"
-    assert script("build", dummy).status == 0
+    assert run_example("build", dummy).status == 0
     assert read_config(tmp_path / "d").quant == "int4-g128"
-
-
-@pytest.fixture(scope="module")
-def text_engine(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("engines") / "engine"
-    return puna.builder.build(checkpoints / "hf", out).path
-
-
-@pytest.fixture
-def answer(script: Script, text_engine: Path) -> Script:
-    def run(arguments: str) -> Ran:
-        found = script("run", f"--max_output_len=9 --engine_dir {text_engine} {arguments}")
-        assert found.status == 0, found
-        return found
-
-    return run
-
-
-def lines(found: Ran, kind: str = "Output") -> list[str]:
-    return re.findall(rf'^{kind}: "(.*?)"$', found.out, re.MULTILINE | re.DOTALL)
-
-
-def test_prompts_and_outputs(answer: Script, text_engine: Path, tmp_path: Path) -> None:
-    assert lines(answer(""), "Input") == ["Born in north-east France, Soyer trained as a"]
-    both = answer("--input_text One␣day Two")
-    assert lines(both, "Input") == ["One day", "Two"] and len(set(lines(both))) == 2
-    (tmp_path / "a.txt").write_text("One day\n")
-    assert lines(answer(f"--input_file {tmp_path}/a.txt")) == lines(both)[:1]
-
-    answer(
-        f"--input_text One␣day Two --output_csv {tmp_path}/x/a.csv --output_npy {tmp_path}/a.npy"
-    )
-    rows = np.load(tmp_path / "a.npy")
-    assert rows.dtype == np.int32 and len(rows) == 2
-    assert (np.loadtxt(tmp_path / "x" / "a.csv", delimiter=",", dtype=int) == rows).all()
-    for suffix in ("csv", "npy"):
-        path = tmp_path / f"in.{suffix}"
-        ids = [load_tokenizer(text_engine / "tokenizer").encode("One day")]
-        if suffix == "csv":
-            path.write_text("\n".join(",".join(map(str, row)) for row in ids))
-        else:
-            np.save(path, np.array(ids))
-        for flag in ("input_tokens", "input_file"):
-            found = answer(f"--{flag} {path}")
-            assert lines(found, "Input") == ["One day"] and len(lines(found)) == 1
-
-
-def test_files_that_cannot_be_read(script: Script, text_engine: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.csv").write_text("1,two\n")
-    np.save(tmp_path / "float.npy", np.ones((1, 3)))
-    (tmp_path / "empty.csv").write_text("")
-    for name in ("bad.csv", "float.npy", "empty.csv", "missing.csv", "odd.json"):
-        found = script(
-            "run",
-            f"--max_output_len=9 --engine_dir {text_engine} --input_tokens {tmp_path}/{name}",
-        )
-        assert (found.status, found.err.count("\n")) == (2, 1) and name in found.err
-
-
-def test_sampling_flags(answer: Script) -> None:
-    greedy = lines(answer(""))
-    assert lines(answer("--top_k 0 --top_p 0.0")) == greedy == lines(answer("--temperature 5"))
-    sampled = lines(answer("--top_k 0 --top_p 1.0"))
-    assert sampled != greedy and sampled == lines(answer("--top_k 0 --top_p 1.0"))
-    assert lines(answer("--top_k 40")) != greedy
-    assert lines(answer("--top_k 40 --temperature 0.01")) == greedy
-    assert lines(answer("--top_k 40 --top_p 0.000001")) == greedy
-    assert lines(answer("--repetition_penalty 5")) != greedy
-
-
-def test_beams(answer: Script) -> None:
-    beams = lines(answer("--num_beams 3"))
-    assert len(set(beams)) == 3
-    assert lines(answer("--num_beams 3 --length_penalty 8")) != [] and len(beams) == 3
-
-
-def test_streaming(
-    modules: dict[str, ModuleType], text_engine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Pieces(io.StringIO):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_flushed = 0
-
-        def flush(self) -> None:
-            self.num_flushed += 1
-
-    def streamed(arguments: str) -> tuple[str, int]:
-        pieces = Pieces()
-        monkeypatch.setattr(sys, "stdout", pieces)
-        command = f"--max_output_len=20 --engine_dir {text_engine} {arguments}".split()
-        run = modules["run"]
-        assert run.run(modules["flags"].Flags(run.parser(), run.DEFAULTS, command)) == 0
-        return pieces.getvalue(), pieces.num_flushed
-
-    whole, _ = streamed("")
-    (by_five, num_fives), (by_two, num_twos) = (
-        streamed("--streaming"), streamed("--streaming --streaming_interval 2")
-    )  # fmt: skip
-    assert by_five == by_two == whole
-    assert num_twos > num_fives > 2
-
-
-def test_the_other_flags_of_run(
-    answer: Script, script: Script, text_engine: Path, tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    assert len(lines(answer("--max_output_len=2"))[0]) < len(lines(answer(""))[0])
-    assert "tokens/s" in answer("--log_level info").out and "tokens/s" not in answer("").out
-    assert "using" in answer(f"--tokenizer_dir {tmp_path}").err
-    assert answer(f"--tokenizer_dir {tokenizer_dir}").err == ""
-    assert "every sequence fits" in answer("--max_kv_cache_len 60").err
-    run = f"--max_output_len=9 --engine_dir {text_engine}"
-    for arguments, reason in (
-        ("--max_kv_cache_len 50", "a sequence may have 5"),
-        ("--streaming --num_beams 2", "exclude each other"),
-        ("--master_port 99999", "master port 99999"),
-        ("--streaming_interval 2", "needs --streaming"),
-        ("--length_penalty 2", "length_penalty is 2.0 without beams"),
-        ("--num_beams 2 --top_k 5", "beam search"),
-        ("--input_text a --input_tokens b.csv", "exclude each other"),
-        ("--streaming --output_csv a.csv", "exclude each other"),
-        (f"--engine_dir {tmp_path}/none", "none"),
-    ):
-        found = script("run", f"{run} {arguments}")
-        assert (found.status, found.out, found.err.count("\n")) == (2, "", 1), found
-        assert reason in found.err, found.err
-    assert "required: --max_output_len" in script("run", f"--engine_dir {text_engine}").err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("", "llama_outputs"),
-        ("--engine_dir e", "summarize e "),
-        ("--hf_model_location m", "--hf-model m"),
-        ("--test_hf", "--test-hf"),
-        ("--data_type bf16", "--data-type bf16"),
-        ("--dataset_path d", "--dataset-path d"),
-        ("--log_level error", "--quiet"),
-        ("--batch_size 3", "--batch-size 3"),
-        ("--batch_size 3", "--max-samples 60"),
-        ("--max_ite 7", "--max-samples 7"),
-        ("--check_accuracy", "--check-accuracy --rouge1-threshold 15.0"),
-        ("--check_accuracy --tensorrt_llm_rouge1_threshold 9", "--rouge1-threshold 9.0"),
-        ("--num_beams 2", "--num-beams 2"),
-        ("--top_k 4", "--top-k 4"),
-        ("--output_len 30", "--output-len 30"),
-        ("--master_addr h --master_port 9", "--master-addr h --master-port 9"),
-    ],
-)
-def test_flags_of_summarize(arguments: str, expected: str, modules: dict[str, ModuleType]) -> None:
-    """They become those of `puna summarize`, which has tests of its own."""
-    summarize = modules["summarize"]
-
-    def command(given: str) -> str:
-        words = f"--test_trt_llm {given}".split()
-        flags = modules["flags"].Flags(summarize.parser(), summarize.DEFAULTS, words)
-        return " ".join(summarize.arguments(flags))
-
-    assert expected in command(arguments)
-    assert not arguments or expected not in command("")
-
-
-def test_what_summarize_refuses(script: Script) -> None:
-    pytest.importorskip("rouge_score")
-    for arguments, reason in (
-        ("", "nothing is to summarize"),
-        ("--test_hf --check_accuracy", "--test_trt_llm"),
-        ("--test_trt_llm --tensorrt_llm_rouge1_threshold 3", "needs --check_accuracy"),
-        ("--test_trt_llm --engine_dir nowhere", "nowhere"),
-    ):
-        found = script("summarize", arguments)
-        assert (found.status, found.out, found.err.count("\n")) == (2, "", 1), found
-        assert reason in found.err
