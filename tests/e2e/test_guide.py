@@ -66,6 +66,7 @@ PROMPT = "Born in north-east France, Soyer trained as a"
 SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 Shell = Callable[..., subprocess.CompletedProcess[str]]
+Record = Callable[[str, object], None]
 
 
 def has_open_mpi() -> bool:
@@ -170,7 +171,7 @@ def reference_text(model_dir: Path, dtype: str, num_new: int) -> str:
 
 
 @needs_open_mpi
-def test_every_command_of_the_guide(guide: dict, folder: Path) -> None:
+def test_every_command_of_the_guide(guide: dict, folder: Path, record_property: Record) -> None:
     models = folder / "tmp" / "llama"
     for command in BUILD_ONE_RANK + BUILD_RANKS:
         notes = guide[command].stderr.splitlines()
@@ -189,6 +190,8 @@ def test_every_command_of_the_guide(guide: dict, folder: Path) -> None:
         assert "puna, samples: 20\n" in printed.stdout and "tokens/s" in printed.stdout
         assert all(value >= 0 for value in scores(printed.stdout).values())
         assert printed.stderr.count("\n") == 1 and "./cnn_dailymail/" in printed.stderr
+        record_property(" ".join(command.split()[-1:]), scores(printed.stdout))
+    record_property("commands", len(guide))
     assert "30B has no tokenizer: using tmp/llama/30B/hf" in guide[SUMMARIZE_RANKS[1]].stderr
 
 
@@ -218,11 +221,13 @@ def test_meta_and_hugging_face_weights_make_the_same_engine(
 
 
 @needs_open_mpi
-def test_side_by_side_with_transformers(guide: dict, shell: Shell) -> None:
+def test_side_by_side_with_transformers(guide: dict, shell: Shell, record_property: Record) -> None:
     build = BUILD_7B.replace("float16", "float32")
     shell(f"{build} --output_dir {ENGINES}/fp32/1-gpu/")
     compare = SUMMARIZE.replace("fp16", "fp32") + f" --engine_dir {ENGINES}/fp32/1-gpu/ --max_ite 5"
     printed = shell(f"{compare} --test_hf").stdout
+    record_property("engine", scores(printed))
+    record_property("transformers", scores(printed, "transformers"))
     assert scores(printed) == scores(printed, "transformers")
     ours, theirs = re.findall(r"^Summary \(\w+\): (.*?)\n\n", printed, re.MULTILINE | re.DOTALL)
     assert ours == theirs
@@ -268,13 +273,17 @@ def smollm2(folder: Path, smollm2_gguf: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_commands_of_one_rank_on_a_real_model(shell: Shell, smollm2: Path) -> None:
+def test_commands_of_one_rank_on_a_real_model(
+    shell: Shell, smollm2: Path, record_property: Record
+) -> None:
     for command in BUILD_ONE_RANK:
         shell(command)
     for dtype, command in zip(("float16", "bfloat16"), RUN, strict=True):
         assert outputs(shell(command).stdout) == [reference_text(smollm2, dtype, 50)]
     for command in SUMMARIZE_ONE_RANK:
-        assert scores(shell(command).stdout)["rouge1"] > 10
+        found = scores(shell(command).stdout)
+        record_property(command.split()[-1], found)
+        assert found["rouge1"] > 10
     shell(f"{SUMMARIZE_ONE_RANK[0]} --max_ite 4 --check_accuracy --tensorrt_llm_rouge1_threshold 1")
     failed = shell(
         f"{SUMMARIZE_ONE_RANK[0]} --max_ite 4 --check_accuracy --tensorrt_llm_rouge1_threshold 99",

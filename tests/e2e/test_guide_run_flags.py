@@ -83,7 +83,7 @@ def test_sampling_flags(answer: Script) -> None:
 def test_beams(answer: Script) -> None:
     beams = lines(answer("--num_beams 3"))
     assert len(set(beams)) == 3
-    # Of the sequences that such a search finds, one ends early: it is the best if length is a fault.
+    # One of the sequences that such a search finds ends early: the best one if length is a fault.
     wide = "--num_beams 8 --max_output_len 40 --length_penalty"
     long, short = (lines(answer(f"{wide} {penalty}")) for penalty in (1, -4))
     assert len(short[0]) < len(long[0])

@@ -172,7 +172,12 @@ COUNTRIES = (
 
 
 @pytest.mark.slow
-def test_smollm2(smollm2_gguf: Path, tmp_path: Path, one_thread: None) -> None:
+def test_smollm2(
+    smollm2_gguf: Path,
+    tmp_path: Path,
+    one_thread: None,
+    record_property: Callable[[str, object], None],
+) -> None:
     """4 beams for 20 prompts, half of which end in time: the texts are transformers', each alone
     and all in one batch with four sampled requests, which are themselves as when alone.
 
@@ -202,10 +207,15 @@ def test_smollm2(smollm2_gguf: Path, tmp_path: Path, one_thread: None) -> None:
         for size in sorted(set(map(len, prompts))):
             same = [prompt for prompt in prompts if len(prompt) == size]
             expected |= zip(map(tuple, same), reference(model, same, params, eos), strict=True)
+        largest = 0.0
         for prompt, output in zip(prompts, alone, strict=True):
             found, scores = expected[tuple(prompt)]
             assert [c.token_ids for c in output.completions] == found, scores
             assert [c.score for c in output.completions] == pytest.approx(scores, abs=1e-4)
             best = list(found[0][:-1] if found[0][-1] in eos else found[0])
             assert output.text == llm.tokenizer.decode(best)
+            ours = [c.score for c in output.completions]
+            largest = max(largest, np.abs(np.subtract(ours, scores)).max())
+        record_property("prompts", f"{len(prompts)} equal, alone and beside sampled ones")
+        record_property("largest_score_difference", f"{largest:.1e}")
         assert sum(output.finish_reason == "stop" for output in alone) >= 5

@@ -106,12 +106,17 @@ def expected(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_rouge_is_that_of_transformers(
-    name: str, summarize: Callable[..., Summarized], expected: Summarized
+    name: str,
+    summarize: Callable[..., Summarized],
+    expected: Summarized,
+    record_property: Callable[[str, object], None],
 ) -> None:
     found = summarize(name)
     ours, theirs = asdict(found.scores), asdict(expected.scores)
     assert theirs["rouge1"] > 10, theirs
     difference = {key: ours[key] - theirs[key] for key in theirs}
+    for key, value in difference.items():
+        record_property(key, f"{ours[key]:.2f}, transformers' {theirs[key]:.2f}: {value:+.2f}")
     assert all(abs(value) <= FORMATS[name][1] for value in difference.values()), difference
     if name == "float32":
         assert found.result.token_ids == expected.result.token_ids
