@@ -84,15 +84,28 @@ def check_flags(flags: Flags) -> None:
         raise ConfigError(f"--streaming_interval is {flags['streaming_interval']}; at least 1")
 
 
+def is_greedy(flags: Flags) -> bool:
+    return flags["top_k"] == 1 or (flags["top_k"] == 0 and flags["top_p"] == 0)
+
+
+def sampling_notes(flags: Flags) -> list[str]:
+    """What was asked of sampling where nothing is sampled."""
+    idle = [name for name in ("temperature", "top_p") if name in flags]
+    if not is_greedy(flags) or not idle:
+        return []
+    return [f"{', '.join(idle)}: greedy without --top_k above 1, or --top_k 0 and --top_p"]
+
+
 def sampling_params(flags: Flags) -> SamplingParams:
     """All of it stated, so that no default of the checkpoint comes in."""
     top_k, top_p, num_beams = flags["top_k"], flags["top_p"], flags["num_beams"]
-    is_greedy = top_k == 1 or (top_k == 0 and top_p == 0)
+    if is_greedy(flags):
+        top_k = top_p = 0
     return SamplingParams(
         max_new_tokens=flags["max_output_len"],
-        temperature=0.0 if is_greedy else flags["temperature"],
-        top_k=0 if is_greedy else top_k,
-        top_p=1.0 if is_greedy or top_p == 0 else top_p,
+        temperature=0.0 if is_greedy(flags) else flags["temperature"],
+        top_k=top_k,
+        top_p=top_p or 1.0,
         min_p=0.0,
         repetition_penalty=flags["repetition_penalty"],
         seed=0,
@@ -178,7 +191,7 @@ def run(flags: Flags) -> int:
         if "max_kv_cache_len" in flags:
             check_kv_cache_len(flags, llm, prompts)
             notes.append("max_kv_cache_len: every sequence fits")
-        print_notes(notes)
+        print_notes([*notes, *sampling_notes(flags)])
         if "streaming" in flags:
             for prompt in prompts:
                 show_stream(llm, prompt, params, flags["streaming_interval"])

@@ -1,18 +1,13 @@
-"""What goes wrong: one line that says found, needed and what to do; nothing is lost."""
+"""Checkpoints and builds that go wrong: one line that says found, needed and what to do; nothing is
+lost. Engines and requests: test_bad_engine."""
 
 from __future__ import annotations
 
 import errno
-import io
-import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,53 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_writers import tiny_weights, write_gguf, write_hf, write_meta
+from damage import cut, edit_json, remove, write
 from small_models import (
     DUMMY,
-    ROOT,
     Puna,
     Refused,
-    command,
-    command_line,
     listing,
     write_checkpoint,
 )
 
 import puna.builder
 import puna.runtime.limits
-from puna.errors import PunaError
-from puna.manifest import MANIFEST_FILE, write_manifest
-from puna.strict_json import canonical_json
 
-Damage = Callable[[Path], object]
-BEAMS = ("--num-beams", 4)
 Q = "layers.0.attn.q.weight"
-
-
-def cut(name: str, keep: float | int) -> Damage:
-    """Shorten a file to a number of bytes, or to a part of its size."""
-
-    def damage(directory: Path) -> None:
-        path = directory / name
-        size = keep if isinstance(keep, int) else int(path.stat().st_size * keep)
-        os.truncate(path, size)
-
-    return damage
-
-
-def write(name: str, text: str) -> Damage:
-    return lambda directory: (directory / name).write_text(text)
-
-
-def remove(name: str) -> Damage:
-    return lambda directory: (directory / name).unlink()
-
-
-def edit_json(name: str, **changes: Any) -> Damage:
-    def damage(directory: Path) -> None:
-        data = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps(data | changes))
-
-    return damage
 
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -315,269 +276,6 @@ def test_force_keeps_what_is_not_the_engines(
     assert puna(*build).status == 0 and puna("verify", out).status == 0
     (out / "config.json").write_text("damaged")
     assert puna(*build).status == 0 and puna("verify", out).status == 0
-
-
-def change_config(engine: Path, **changes: Any) -> None:
-    """Change config.json as a foreign writer would: with a manifest that fits."""
-    data = json.loads((engine / "config.json").read_text()) | changes
-    (engine / "config.json").write_bytes(canonical_json(data))
-    (engine / MANIFEST_FILE).unlink()
-    write_manifest(engine, 1)
-
-
-def flip(name: str) -> Damage:
-    def damage(engine: Path) -> None:
-        data = bytearray((engine / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (engine / name).write_bytes(data)
-
-    return damage
-
-
-ENGINE_DAMAGE = {
-    "flipped weights": (flip("rank0.safetensors"), "rank0.safetensors was changed: copy or build"),
-    "flipped tokenizer": (flip("tokenizer/tokenizer.json"), "tokenizer.json was changed: copy or"),
-    "cut": (cut("rank0.safetensors", 0.5), "bytes instead of"),
-    "no weights": (remove("rank0.safetensors"), "rank0.safetensors is missing: copy or build"),
-    "no tokenizer": (remove("tokenizer/tokenizer.json"), "tokenizer/tokenizer.json is missing"),
-    "no manifest": (remove("manifest.json"), "has no manifest.json, so it is not a whole engine"),
-    "no config": (remove("config.json"), "has no config.json, so it is not an engine: build one"),
-    "changed manifest": (flip("manifest.json"), "manifest.json is damaged: copy or build"),
-    "config no JSON": (write("config.json", "{"), "rebuild the engine with puna build"),
-    "added": (write("rank1.safetensors", ""), "rank1.safetensors is not in the manifest"),
-    "unknown key": (lambda e: change_config(e, colour=3), "unknown keys colour: rebuild"),
-    "newer": (
-        lambda e: change_config(e, format_version=99, colour=3),
-        "engine format 99 found, this puna reads format 2: rebuild the engine",
-    ),
-    "other target": (
-        lambda e: change_config(e, target="sm_90"),
-        "was built for sm_90, this version of puna runs cpu engines: build it again",
-    ),
-    "unknown layout": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": "int8", "layout": "rows"}}),
-        "layout 'rows' is unknown; this version of puna reads tiles: rebuild the engine",
-    ),
-    "unknown format": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": "int9", "layout": "tiles"}}),
-        "unknown weight format 'int9': rebuild the engine",
-    ),
-    "format no text": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": [], "layout": "tiles"}}),
-        "rebuild the engine",
-    ),
-    "header of another config": (
-        lambda e: change_config(e, quant="int9"),
-        "does not fit config.json beside it",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ENGINE_DAMAGE)
-def test_damaged_engine(name: str, engine: Path, copied: Any, refused: Refused) -> None:
-    damage, message = ENGINE_DAMAGE[name]
-    path = copied(engine)
-    damage(path)
-    assert message in refused("run", path, "--prompt", "Hello")
-    assert message in refused("chat", path)
-    if name != "other target":  # whole, but not for this machine
-        assert message in refused("verify", path)
-
-
-def test_file_that_cannot_be_read(
-    engine: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", broken)
-    assert "Input/output error" in refused("run", engine, "--prompt", "Hello")
-
-
-def test_wrong_number_of_ranks(pair_engine: Path, refused: Refused) -> None:
-    line = refused("run", pair_engine, "--prompt", "Hello")
-    assert "Engine world size (2) != Runtime world size (1)" in line and "start 2 ranks" in line
-
-
-def test_checkpoint_and_engine_confused(
-    hf_checkpoint: Path, engine: Path, tmp_path: Path, refused: Refused
-) -> None:
-    for name in ("run", "chat", "inspect", "verify"):
-        prompt = ("--prompt", "Hello") if name == "run" else ()
-        line = refused(name, hf_checkpoint, *prompt)
-        assert "not the config of an engine" in line
-        assert f"puna build {hf_checkpoint} -o ENGINE" in line
-        assert "build one" in refused(name, write_gguf(tmp_path / "m.gguf", {}), *prompt)
-        assert "does not exist; an engine is" in refused(name, tmp_path / "no", *prompt)
-        assert "does not exist; an engine is" in refused(name, "x" * 300, *prompt)
-        meta = tmp_path / "meta"
-        meta.mkdir(exist_ok=True)
-        assert "is not an engine: build one with puna build" in refused(name, meta, *prompt)
-    line = refused("build", engine, "-o", tmp_path / "again")
-    assert f"is an engine already: run it with puna run {engine}" in line
-    assert "is an engine already" in refused("plan", engine)
-    assert "is an engine already" in refused("quickstart", "--model", engine, "--cache", tmp_path)
-
-
-NOT_UTF8 = os.fsdecode(b"caf\xe9")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("x" * 200, "the prompt has 200 tokens; the engine takes at most 128"),
-        ("x" * 128, "leaves no room for a new token; shorten the prompt"),
-        ("", "the prompt is empty; it needs at least one character"),
-        (NOT_UTF8, "it must be valid Unicode"),
-    ],
-    ids=["long", "full", "empty", "not UTF-8"],
-)
-@pytest.mark.parametrize("options", [(), ("--json",), ("--stream",)], ids=str)
-def test_prompts(
-    prompt: str, message: str, options: tuple[str, ...], engine: Path, refused: Refused
-) -> None:
-    assert message in refused("run", engine, "--prompt", prompt, *options)
-
-
-@pytest.mark.parametrize(("name", "options"), [("run", ("--prompt", "-")), ("chat", ())])
-def test_bytes_on_stdin(
-    name: str,
-    options: tuple[str, ...],
-    engine: Path,
-    refused: Refused,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", stdin)
-    assert "on stdin is not UTF-8" in refused(name, engine, *options)
-
-
-def test_empty_stdin(engine: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert "the prompt is empty" in refused("run", engine, "--prompt", "-")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--temperature", -1), "temperature is -1.0; it must be between 0 and 100"),
-        (("--temperature", "nan"), "temperature is nan; it must be a finite number"),
-        (("--temperature", "inf"), "temperature is inf; it must be a finite number"),
-        (("--temperature", "hot"), "invalid float value: 'hot'"),
-        (("--top-k", -1), "top_k is -1; it must be between"),
-        (("--top-k", 1.5), "invalid int value: '1.5'"),
-        (("--top-p", 1.5), "top_p is 1.5; it must be between 0 and 1"),
-        (("--top-p", -0.1), "top_p is -0.1"),
-        (("--min-p", 2), "min_p is 2.0; it must be between 0 and 1"),
-        (("--repetition-penalty", 0), "repetition_penalty is 0.0; it must be between"),
-        (("--presence-penalty", 3), "presence_penalty is 3.0; it must be between -2 and 2"),
-        (("--frequency-penalty", -3), "frequency_penalty is -3.0"),
-        (("--max-new-tokens", 0), "max_new_tokens is 0; it must be at least 1"),
-        (("--seed", -1), "seed is -1; it must be between"),
-        (("--seed", 2**64), "seed is 18446744073709551616"),
-        (("--stop", ""), "stop holds ''; it needs strings that are not empty"),
-        (("--threads", 0), "threads is 0; it must be at least 1"),
-        (("--threads", -1), "threads is -1; it must be at least 1"),
-        (("--kv-cache-bytes", 1), "kv_cache_bytes 1 is too small"),
-        (("--kv-cache-bytes", 10**15), "lower --kv-cache-bytes"),
-        (("--device", "tpu"), "device 'tpu' is not in this version of puna: use one of"),
-        (("--tokenizer", "nowhere"), "nowhere has no tokenizer"),
-        (("--chat-template", "nowhere"), "is neither a template nor a file with one"),
-        (("--json", "--stream"), "exclude each other: choose one"),
-        (("--num-beams", 0), "num_beams is 0; it must be at least 1"),
-        (("--num-beams", "many"), "invalid int value: 'many'"),
-        (
-            ("--num-beams", 1000),
-            "num_beams is 1000; the engine computes at most 8 sequences",
-        ),
-        ((*BEAMS, "--temperature", 0.5), "leave temperature or num_beams out"),
-        ((*BEAMS, "--top-k", 5), "leave top_k or num_beams out"),
-        ((*BEAMS, "--stop", "x"), "leave stop or num_beams out"),
-        ((*BEAMS, "--presence-penalty", 1), "leave presence_penalty or num_beams out"),
-        ((*BEAMS, "--stream"), "the best beam is known at the end only"),
-        ((*BEAMS, "--length-penalty", "nan"), "length_penalty is nan; it must be a finite number"),
-        ((*BEAMS, "--early-stopping", "always"), "invalid choice: 'always'"),
-        (("--length-penalty", 2), "length_penalty is 2.0 without beams"),
-        (("--early-stopping",), "early_stopping is True without beams"),
-    ],
-    ids=str,
-)
-def test_run_options(
-    options: tuple[object, ...], message: str, engine: Path, refused: Refused
-) -> None:
-    assert message in refused("run", engine, "--prompt", "Hello", *options)
-
-
-def test_exit_status_and_one_line(engine: Path, tmp_path: Path) -> None:
-    for arguments in (
-        ("run", engine, "--prompt", b"caf\xe9"),
-        ("run", engine),
-        ("build", tmp_path / "no\nwhere\x1b[31m", "-o", tmp_path / "engine"),
-        ("no-such-command",),
-    ):
-        found = command(*arguments, capture_output=True)
-        assert (found.returncode, found.stdout) == (2, b""), found
-        assert found.stderr.startswith(b"puna: ") and found.stderr.count(b"\n") == 1, found
-        assert b"\x1b" not in found.stderr
-
-
-def test_traceback_only_with_debug(puna: Puna, tmp_path: Path) -> None:
-    with pytest.raises(PunaError, match="does not exist"):
-        puna("plan", tmp_path / "nowhere", "--debug")
-    found = command("plan", tmp_path / "nowhere", "--debug", capture_output=True)
-    assert found.returncode == 1 and b"Traceback" in found.stderr
-
-
-def interrupt(process: subprocess.Popen[bytes], when: Callable[[], object]) -> tuple[bytes, bytes]:
-    """Send Ctrl-C as soon as `when` holds; returns stdout and stderr."""
-    deadline = time.monotonic() + 60
-    while not when():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=60)
-
-
-def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command_line(*arguments), cwd=ROOT, stdout=pipe, stderr=pipe, **options)
-
-
-@pytest.mark.parametrize("is_there", [False, True])
-def test_interrupted_build(is_there: bool, tmp_path: Path, puna: Puna) -> None:
-    out = tmp_path / "engine"
-    if is_there:
-        assert puna("build", "--dummy", DUMMY, "-o", out).status == 0
-    before = listing(tmp_path)
-    large = "hidden=1024,layers=24,heads=8,ffn=4096,vocab=300"
-    process = start("build", "--dummy", large, "--materialize", "--force", "-o", out)
-    _, err = interrupt(process, lambda: list(tmp_path.glob("engine.tmp-*/rank0.safetensors")))
-    assert (process.returncode, err) == (130, b"\npuna: interrupted\n")
-    assert listing(tmp_path) == before and len(os.listdir(tmp_path)) == is_there
-
-
-def test_interrupted_run(tmp_path: Path, tokenizer_dir: Path, puna: Puna) -> None:
-    shape = "hidden=64,layers=8,heads=4,ffn=96,vocab=300,max_positions=8192"
-    out = tmp_path / "engine"
-    puna("build", "--dummy", shape, "--tokenizer", tokenizer_dir, "-o", out)
-    shown = (tmp_path / "shown").open("wb")
-    ask = ("run", out, "--prompt", "Hello", "--stream", "--max-new-tokens", 8000, "--ignore-eos")
-    with shown:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command_line(*ask), cwd=ROOT, stdout=shown, stderr=pipe)
-        _, err = interrupt(process, lambda: (tmp_path / "shown").stat().st_size)
-    assert (process.returncode, err) == (130, b"\npuna: interrupted\n")
-    assert puna("verify", out).status == 0
-
-
-def test_interrupted_chat(engine: Path) -> None:
-    process = start("chat", engine, stdin=subprocess.PIPE)
-    assert process.stdin and process.stdout
-    process.stdin.write(b"Hello\n")
-    process.stdin.flush()
-    assert process.stdout.read(1), "it waits for the next question, or still answers"
-    _, err = interrupt(process, lambda: True)
-    assert (process.returncode, err) == (130, b"\npuna: interrupted\n")
 
 
 def test_checkpoint_with_nothing_wrong(tmp_path: Path, puna: Puna) -> None:

@@ -72,6 +72,9 @@ def test_files_that_cannot_be_read(run_example: Script, engine: Path, tmp_path: 
 def test_sampling_flags(answer: Script) -> None:
     greedy = lines(answer(""))
     assert lines(answer("--top_k 0 --top_p 0.0")) == greedy == lines(answer("--temperature 5"))
+    for idle in ("--temperature 5", "--top_p 0.5", "--top_k 0 --top_p 0.0"):
+        assert "greedy without --top_k above 1" in answer(idle).err
+    assert answer("--top_k 40 --temperature 0.5").err == ""
     sampled = lines(answer("--top_k 0 --top_p 1.0"))
     assert sampled != greedy and sampled == lines(answer("--top_k 0 --top_p 1.0"))
     assert lines(answer("--top_k 40")) != greedy
