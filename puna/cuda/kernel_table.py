@@ -15,6 +15,9 @@ from puna.weights import extent
 
 Constant = int | float | str | bool
 
+KERNELS_DIR = "kernels"  # of an engine
+KERNELS_FILE = "kernels.json"  # in it: all that a launch must know
+
 GEMM_TILES = (16, 32, 64)  # tokens a program
 # Attention of a decode batch: a part of a context has at least so many blocks.
 MIN_PART_BLOCKS = 2
@@ -217,9 +220,7 @@ def _attention(s: _Shapes, dtype: str, target: str) -> list[TritonKernel]:
     constants += (("SEQS", power_of_two(s.seqs)), ("SCALE", scale))
     stages = 2 if e_pow <= 128 else 1
     warps = 8 if rows == 128 else 4
-    kernels = [
-        TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)
-    ]
+    kernels = [TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)]
     parts = (("PARTS", MAX_PARTS), ("MIN_BLOCKS", MIN_PART_BLOCKS))
     scratch = (("part_SBHE", "*fp32"), ("scale_SBH2", "*fp32"), ("out_SQ", dtype))
     arguments = (("q_SQ", dtype), *cache, ("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))
