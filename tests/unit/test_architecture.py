@@ -43,13 +43,15 @@ RUN = [
     ),
     ("runtime.rendezvous",),
     ("runtime.launch",),
-    ("cpu",),
-    ("ops",),
+    ("cpu", "cuda.ops", "cuda.graphs", "cuda.library"),
+    ("ops", "cuda.choices"),
 ]
-BUILD = [("cli",), ("builder",), ("plan", "checkpoint", "output", "rank_writer")]
+BUILD = [("cli",), ("builder",), ("plan", "checkpoint", "output", "rank_writer", "cuda.compile")]
 SHARED = [
     ("tokenizer",),
     ("manifest", "shard", "memory", "dummy"),
+    ("cuda",),
+    ("cuda_memory",),
     ("rank_file",),
     ("engine",),
     ("layout", "rope", "batch", "dummy_values"),
@@ -61,7 +63,8 @@ SHARED = [
     ("errors",),
 ]
 RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
-BUILD_ONLY = ("builder", "plan", "checkpoint", "output", "rank_writer")
+RUN_ONLY += ("cuda.ops", "cuda.graphs", "cuda.library", "cuda.choices")
+BUILD_ONLY = ("builder", "plan", "checkpoint", "output", "rank_writer", "cuda.compile")
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")
 WITHOUT_NUMPY += tuple(
