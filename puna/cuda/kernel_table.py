@@ -217,9 +217,7 @@ def _attention(s: _Shapes, dtype: str, target: str) -> list[TritonKernel]:
     constants += (("SEQS", power_of_two(s.seqs)), ("SCALE", scale))
     stages = 2 if e_pow <= 128 else 1
     warps = 8 if rows == 128 else 4
-    kernels = [
-        TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)
-    ]
+    kernels = [TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)]
     parts = (("PARTS", MAX_PARTS), ("MIN_BLOCKS", MIN_PART_BLOCKS))
     scratch = (("part_SBHE", "*fp32"), ("scale_SBH2", "*fp32"), ("out_SQ", dtype))
     arguments = (("q_SQ", dtype), *cache, ("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))

@@ -22,10 +22,8 @@ import torch
 
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
-from puna.cuda_memory import ARGMAX_CHUNK
 from puna.engine import EngineConfig
-from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
-from puna.quant import Format
+from puna.ops import LayerCache, Norm, Program, RopeTable, Stream
 
 Tensor = torch.Tensor
 Grid = tuple[int, int, int]
