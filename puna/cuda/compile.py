@@ -12,14 +12,19 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from puna.cuda.kernel_table import CudaSource, TritonKernel, cuda_sources, triton_kernels
+from puna.cuda.kernel_table import (
+    KERNELS_FILE,
+    CudaSource,
+    TritonKernel,
+    cuda_sources,
+    triton_kernels,
+)
 from puna.engine import EngineConfig
 from puna.errors import ConfigError
 from puna.strict_json import canonical_json
-
-KERNELS_FILE = "kernels.json"
 
 # Bytes of shared memory that one block of threads may have (CUDA C++ programming guide, table of
 # compute capabilities).
@@ -35,7 +40,9 @@ SHARED_LIMITS = (
 _HOW_TO_INSTALL = 'install the compilers with pip install "puna[cuda]"'
 
 _PTX_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)")
-_PTX_TYPES = {"u64": "ptr", "s64": "ptr", "b64": "ptr", "u32": "i32", "s32": "i32", "b32": "i32"}
+_PTX_TYPES = MappingProxyType(
+    {"u64": "ptr", "s64": "ptr", "b64": "ptr", "u32": "i32", "s32": "i32", "b32": "i32"}
+)
 
 
 def compile_kernels(
@@ -164,7 +171,7 @@ def _compile_cuda(kernel: CudaSource, target: str) -> tuple[bytes, dict[str, Any
 
 
 def _nvrtc_version() -> str:
-    from cuda.bindings import nvrtc
-
+    # A compiled module, of which type checkers know nothing.
+    nvrtc = _import("cuda.bindings.nvrtc", "cuda-bindings")
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"

@@ -30,7 +30,7 @@ RUN = [
     ("runtime.executor",),
     ("runtime.ranks",),
     ("runtime.session",),
-    ("runtime.load", "runtime.limits", "runtime.device", "runtime.comm"),
+    ("runtime.load", "runtime.limits", "runtime.device", "runtime.gpu", "runtime.comm"),
     ("runtime.lower", "runtime.wire", "models"),
     ("runtime.lower_sampling",),
     (
@@ -50,10 +50,11 @@ BUILD = [
     ("cli",),
     ("builder",),
     ("plan", "checkpoint", "output", "rank_writer", "auto_target", "cuda.compile"),
-    ("cuda.kernel_table", "cuda.kernels"),
+    ("cuda.kernels",),
 ]
 SHARED = [
     ("tokenizer",),
+    ("cuda.kernel_table",),
     ("manifest", "shard", "memory", "cuda_memory", "dummy"),
     ("rank_file",),
     ("engine",),

@@ -35,9 +35,9 @@ def embed(
     token = tl.load(ids_T + t)
     last = tl.load(last_tokens_R + (-1 - token), mask=token < 0, other=0)
     token = tl.where(token < 0, last, token)
-    is_row = (token >= 0) & (token < V)
+    num_here = tl.where((token >= 0) & (token < V), D, 0)
     at = token.to(tl.int64) * KP
-    row = tl.load(table_VD + at + d, mask=(d < D) & is_row, other=0.0)
+    row = tl.load(table_VD + at + d, mask=d < num_here, other=0.0)
     tl.store(residual_TD + t * D + d, row.to(tl.float32), mask=d < D)
     if CLEAR_PARTIAL:
         tl.store(partial_TD + t * D + d, tl.zeros_like(row), mask=d < D)
