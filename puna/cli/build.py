@@ -25,7 +25,7 @@ Turn a checkpoint into an engine.
   puna build ./Llama-3.2-1B-Instruct -o llama-1b-int8 --quant int8
   puna build model.Q4_1.gguf -o small                      GGUF blocks are kept as they are
   puna build ./llama-2-70b -o 70b --tp 8                   for 8 ranks: puna launch -n 8 -- run 70b
-  puna build ./Llama-3.2-1B-Instruct -o h200 --target sm_90         for H100 and H200, built anywhere
+  puna build ./Llama-3.2-1B-Instruct -o h200 --target sm_90   for H100 and H200, built anywhere
   puna build --dummy llama-3-8b -o dummy                   no weights: for measuring
 
 Targets: cpu, and by compute capability the NVIDIA GPUs sm_80 (A100), sm_86 (A10, RTX 30),
