@@ -285,6 +285,6 @@ def combine(
         weight = tl.exp2(tl.load(scale_SBH2 + row * 2) - largest)
         total += weight * tl.load(scale_SBH2 + row * 2 + 1)
         acc_E += weight * tl.load(part_SBHE + row * E + e, mask=e < E, other=0.0)
-    out_E = tl.where(num_parts > 0, acc_E / total, 0.0)
+    out_E = acc_E / tl.where(num_parts > 0, total, 1.0)
     at_E = out_SQ + (seq.to(tl.int64) * H + head) * E + e
     tl.store(at_E, out_E.to(out_SQ.dtype.element_ty), mask=e < E)
