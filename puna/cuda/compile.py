@@ -176,6 +176,7 @@ def _compile_cuda(
 
 
 def _nvrtc_version() -> str:
+    # A compiled module, of which type checkers know nothing.
     nvrtc = _import("cuda.bindings.nvrtc", "cuda-bindings")
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"
