@@ -1,0 +1,725 @@
+// A decode step of a LLaMA layer on Hopper (sm_90a) in four launches: qkv (norm, projection, RoPE, KV append, attention over
+// the paged cache), out (+ residual), gate_up (norm, SiLU), down (+ residual); then head (norm, logits, each CTA's best tokens)
+// and pick. For up to ROWS tokens, each of a sequence of its own.
+//
+// One scheme for all. A CTA an SM, eight warps. Weights are rows of a matrix [Np, K]; a CTA owns consecutive tiles of eight
+// rows, and warp w the w-th eighth of their columns. It streams them through a ring of its own in shared memory (one bulk copy
+// a row and stage, one barrier a stage), so that in the main loop no warp waits for another. Products are mma.m16n8k16, tokens
+// the rows and the weights of a tile the columns. A warp's sums of a tile go to shared memory; the warps take turns to add up the
+// eight parts, in order, and to finish the tile. So the order of a row's sum depends on nothing else.
+//
+// Which columns of a fragment are "k" is free as long as tokens and weights agree: a lane takes eight neighbouring columns
+// with one 16-byte load and feeds two products with them.
+//
+// Programmatic dependent launch: weights do not depend on the kernels before, so rings are filled before grid_wait. Every
+// kernel takes more than half of an SM's shared memory, so that one CTA fits on each SM wherever it is placed: two on one and
+// none on another, to which smaller footprints led now and then, cost 5 to 30 %; two kernels resident together, one streaming
+// while the next one's rings are full, were no faster (H100, 2026-11-25).
+//
+// Defined by who compiles it: BF16 (0, 1), HIDDEN, HEADS, KV_HEADS, HEAD_DIM (64, 128), FFN, VOCAB, KV_BLOCK, EPS, ROWS (1, 8),
+// ATTENTION_BIAS, MLP_BIAS (0, 1), SHARED_<kernel>: bytes of dynamic shared memory, which puna.cuda.fused_plan works out.
+#include "sm90.cuh"
+
+constexpr int NW = 8, NT = 32 * NW, TILE = 8, CHUNK = 256, UNIT = 32;
+constexpr int PACE = 8;                             // rings are filled with so many stages under way in a CTA at once
+constexpr int ROW_BYTES = CHUNK * 2 + 64;           // 64: two rows of a fragment load lie in different halves of the banks
+constexpr int STAGE = TILE * ROW_BYTES;
+constexpr int NBUF = 2 * NW;                        // tiles whose parts may be under way
+constexpr int REGISTER_UNITS = 36;                  // of the input's fragments that a warp keeps in registers; more in shared memory
+constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
+constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
+constexpr int TOKENS = 16;                          // of a stage of keys or values
+constexpr int KV_ROW = HEAD_DIM * 2 + 32;           // 32: few bank conflicts, of loads by row and by column
+constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
+constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
+static_assert(TOKENS * KV_ROW <= STAGE, "a stage of keys fits");
+static_assert(HIDDEN % 256 == 0 && Q_SIZE % 256 == 0 && FFN % 256 == 0, "eight warps share the columns in units of 32");
+static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
+
+enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
+
+struct Args {
+  const u16* w;             // [Np, K]
+  const float* bias;        // [N], where the kernel has one
+  const u16* x;             // OUT, DOWN: [ROWS, K]
+  float* h;                 // the residual [ROWS, HIDDEN]
+  const float* gamma;       // QKV, GATE_UP, HEAD: [HIDDEN]
+  u16* y;                   // GATE_UP: [ROWS, FFN]
+  float* logits;            // HEAD: [ROWS, VOCAB]
+  float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
+  int* epoch;               // counts steps; HEAD adds 1
+  int num_rows;
+  // QKV only
+  u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
+  const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
+  const int *positions, *slots;     // [ROWS]
+  const int* seq_lens;      // [ROWS]; 0: no sequence
+  const int* block_table;   // [ROWS, table_stride]
+  u16* attended;            // [ROWS, Q_SIZE]
+  float* part;              // [ROWS, KV_HEADS, MAX_SPLITS, GROUP, HEAD_DIM + 1]
+  uint2* fresh;             // [ROWS, ALL_HEADS, HEAD_DIM / 2]: a number of either half of a head, and a tag
+  int* split_count;         // [ROWS, KV_HEADS]; 0 between launches
+  int* error;
+  int table_stride, layer;
+};
+
+// Row r (0 to 7) of a tile of weights. A lane finishes rows 2t and 2t + 1 of a tile: they are what belongs together.
+template <int MODE>
+__device__ __forceinline__ int weight_row(int tile, int r) {
+  if (MODE == QKV)          // dimensions d and d + HEAD_DIM / 2 of a head
+    return tile / TILES_A_HEAD * HEAD_DIM + tile % TILES_A_HEAD * (TILE / 2) + (r >> 1) + (r & 1) * (HEAD_DIM / 2);
+  if (MODE == GATE_UP) return tile * (TILE / 2) + (r >> 1) + (r & 1) * FFN;
+  return tile * TILE + r;
+}
+__device__ constexpr int num_rows_of(int mode) {
+  return mode == QKV ? ALL_HEADS * HEAD_DIM : mode == GATE_UP ? 2 * FFN : mode == HEAD ? (VOCAB + TILE - 1) / TILE * TILE : HIDDEN;
+}
+
+// Stages of a warp's ring. Of one row 3 and 5 are up to 1 % slower than 4 (H100, 2026-11-25); `down` of more rows needs the room.
+__device__ constexpr int num_stages(int mode) { return mode == DOWN && ROWS > 1 ? 3 : 4; }
+
+// Shared memory of a kernel: rings, [input | parts of tiles] or [attention of the warps], barriers, a few words.
+template <int MODE, int K>
+struct Shared {
+  static constexpr int STAGES = num_stages(MODE), UNITS = K / NW / UNIT;
+  static constexpr int IN_SHARED = UNITS > REGISTER_UNITS ? UNITS - REGISTER_UNITS : 0;     // units, of each warp
+  static constexpr int RINGS = NW * STAGES * STAGE;
+  static constexpr int INPUT = ROWS == 1 ? K * 2 : NW * IN_SHARED * 512;
+  static constexpr int PARTS = NBUF * NW * TILE * ROWS * 4;
+  static constexpr int MERGE = MODE == QKV ? NW * GROUP * (HEAD_DIM + 2) * 4 : 0;
+  static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
+  static constexpr int TOTAL = RINGS + WORK + (NW * STAGES + NBUF) * 8 + (NW * ROWS + 8) * 4;
+};
+
+// A warp's ring: stages are filled and emptied in the same order.
+template <int STAGES>
+struct Ring {
+  u32 data, full;           // of stage 0
+  int in = 0, out = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ u32 wait() {
+    mbar_wait(full + out * 8, parity);
+    return data + out * STAGE;
+  }
+  __device__ __forceinline__ void next_out() {
+    if (++out == STAGES) { out = 0; parity ^= 1; }
+  }
+  __device__ __forceinline__ void next_in() {
+    if (++in == STAGES) in = 0;
+  }
+};
+
+// What a warp requests of the weights: its columns of the CTA's tiles, a row a lane.
+template <int MODE, int K>
+struct Weights {
+  static constexpr int SLICE = K / NW, CHUNKS = (SLICE + CHUNK - 1) / CHUNK, TAIL = SLICE - (CHUNKS - 1) * CHUNK;
+  const u16 *w, *src;
+  int left, tile, chunk = 0;
+  __device__ __forceinline__ void start(const Args& p, int first, int last, int warp, int lane) {
+    w = p.w + warp * SLICE;
+    tile = first;
+    left = (last - first) * CHUNKS;
+    src = w + (size_t)weight_row<MODE>(first, lane & 7) * K;
+  }
+  template <class R>
+  __device__ __forceinline__ void request(R& ring, int lane, u64 policy) {
+    const u32 bytes = (TAIL == CHUNK || chunk < CHUNKS - 1 ? CHUNK : TAIL) * 2, bar = ring.full + ring.in * 8;
+    if (lane == 0) mbar_expect(bar, bytes * TILE);
+    if (lane < TILE) bulk_load(ring.data + ring.in * STAGE + lane * ROW_BYTES, src, bytes, bar, policy);
+    src += CHUNK;
+    ring.next_in();
+    --left;
+    if (++chunk == CHUNKS) {
+      chunk = 0;
+      src = w + (size_t)weight_row<MODE>(++tile, lane & 7) * K;
+    }
+  }
+};
+
+// A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. A warp takes
+// every eighth stretch of TOKENS tokens of it; `at` is its next.
+struct Task {
+  int id, seq, kv, start, end, at, split, num_splits;
+  __device__ __forceinline__ bool find(const Args& p, int warp) {
+    int n = id;
+    for (seq = 0; seq < p.num_rows; ++seq) {
+      const int len = __ldg(p.seq_lens + seq);
+      int part = MIN_SPLIT;
+      while (part * MAX_SPLITS < len) part *= 2;
+      num_splits = (len + part - 1) / part;
+      if (n < num_splits * KV_HEADS) {
+        split = n / KV_HEADS;
+        kv = n % KV_HEADS;
+        start = split * part;
+        end = min(len, start + part);
+        at = start + warp * TOKENS;
+        return true;
+      }
+      n -= num_splits * KV_HEADS;
+    }
+    return false;
+  }
+};
+
+// What a warp requests of the cache: keys, then values, of each of its stretches, of all the CTA's tasks in order.
+struct CachedTokens {
+  Task task;
+  bool more = false, is_value = false;
+  int nth = 0, blocks = 0;  // blocks: of the stretches from the nth back, one a lane
+  __device__ __forceinline__ void find_blocks(const Args& p, int lane) {
+    const int at = task.at + lane * NW * TOKENS;
+    blocks = at < task.end ? __ldg(p.block_table + task.seq * p.table_stride + at / KV_BLOCK) : 0;
+    nth = 0;
+  }
+  __device__ __forceinline__ void find(const Args& p, int warp, int lane) {
+    for (;; task.id += gridDim.x) {
+      more = task.find(p, warp);
+      if (!more) return;
+      if (task.at < task.end) return find_blocks(p, lane);
+    }
+  }
+  __device__ __forceinline__ size_t offset(int block, int at) const {
+    return (((size_t)block * KV_HEADS + task.kv) * KV_BLOCK + at % KV_BLOCK) * HEAD_DIM;
+  }
+  // They are requested last and needed at once then: from the level-2 cache they come sooner.
+  __device__ __forceinline__ void prefetch(const Args& p, int lane) {
+    const int at = task.at + lane * NW * TOKENS;
+    if (!more || lane >= 8 || at >= task.end) return;
+    bulk_prefetch(p.keys + offset(blocks, at), TOKENS * HEAD_DIM * 2);
+    bulk_prefetch(p.values + offset(blocks, at), TOKENS * HEAD_DIM * 2);
+  }
+  template <class R>
+  __device__ __forceinline__ void request(const Args& p, R& ring, int warp, int lane, u64 policy) {
+    const u16* src = (is_value ? p.values : p.keys) + offset(__shfl_sync(~0u, blocks, nth), task.at);
+    const u32 bar = ring.full + ring.in * 8;
+    if (lane == 0) mbar_expect(bar, TOKENS * HEAD_DIM * 2);
+    if (lane < TOKENS) bulk_load(ring.data + ring.in * STAGE + lane * KV_ROW, src + lane * HEAD_DIM, HEAD_DIM * 2, bar, policy);
+    ring.next_in();
+    is_value = !is_value;
+    if (is_value) return;
+    task.at += NW * TOKENS;
+    if (task.at >= task.end) {
+      task.id += gridDim.x;
+      find(p, warp, lane);
+    } else if (++nth == 32) {
+      find_blocks(p, lane);
+    }
+  }
+};
+
+// The input of one row, normalised where the kernel has a norm, into shared memory.
+template <bool NORM, int K>
+__device__ __forceinline__ void load_row(const Args& p, unsigned char* input, float* words) {
+  const int tid = threadIdx.x;
+  if constexpr (!NORM) {
+    grid_wait();
+#pragma unroll
+    for (int i = 0; i < (K / 8 + NT - 1) / NT; ++i)
+      if (i * NT + tid < K / 8) reinterpret_cast<uint4*>(input)[i * NT + tid] = ldcg128(p.x + (i * NT + tid) * 8);
+  } else {
+    constexpr int V = (K / 4 + NT - 1) / NT;
+    float4 gamma[V], v[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i * NT + tid < K / 4) gamma[i] = ldg_f4(p.gamma + (i * NT + tid) * 4);
+    grid_wait();
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i * NT + tid < K / 4) v[i] = ldcg_f4(p.h + (i * NT + tid) * 4);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i * NT + tid < K / 4) sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+    sum = warp_sum(sum);
+    if (tid % 32 == 0) words[tid / 32] = sum;
+    __syncthreads();
+    float total = 0;
+#pragma unroll
+    for (int j = 0; j < NW; ++j) total += words[j];
+    const float r = rsqrtf(total / K + EPS);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i * NT + tid < K / 4)
+        reinterpret_cast<uint2*>(input)[i * NT + tid] = make_uint2(pack2(v[i].x * r * gamma[i].x, v[i].y * r * gamma[i].y),
+                                                                   pack2(v[i].z * r * gamma[i].z, v[i].w * r * gamma[i].w));
+  }
+}
+
+// The input of up to eight rows, as fragments: lane (g, t) has columns 8t to 8t + 7 of each unit of row g.
+template <bool NORM, int K>
+struct Fragments {
+  static constexpr int UNITS = K / NW / UNIT, IN_REGISTERS = UNITS < REGISTER_UNITS ? UNITS : REGISTER_UNITS;
+  u32 f[IN_REGISTERS][4];
+  u32 rest;                 // of the lane, in shared memory
+  __device__ __forceinline__ void load(const Args& p, unsigned char* input, float* words, int warp, int lane) {
+    const int g = lane >> 2, t = lane & 3, at = warp * (K / NW) + t * 8;
+    const bool is_row = g < p.num_rows;
+    rest = smem32(input) + (warp * (UNITS - IN_REGISTERS) * 32 + lane) * 16;
+    grid_wait();
+    float r = 0;
+    const float* h = p.h + (size_t)g * K + at;
+    if constexpr (NORM) {
+      float sum = 0;
+#pragma unroll
+      for (int u = 0; u < UNITS; ++u)
+        if (is_row) {
+          const float4 a = ldcg_f4(h + u * UNIT), b = ldcg_f4(h + u * UNIT + 4);
+          sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+        }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (t == 0) words[warp * ROWS + g] = sum;
+      __syncthreads();
+      float total = 0;
+#pragma unroll
+      for (int j = 0; j < NW; ++j) total += words[j * ROWS + g];
+      r = rsqrtf(total / K + EPS);
+    }
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (is_row) {
+        if constexpr (NORM) {
+          const float4 a = ldcg_f4(h + u * UNIT), b = ldcg_f4(h + u * UNIT + 4);
+          const float4 c = ldg_f4(p.gamma + at + u * UNIT), d = ldg_f4(p.gamma + at + u * UNIT + 4);
+          v = make_uint4(pack2(a.x * r * c.x, a.y * r * c.y), pack2(a.z * r * c.z, a.w * r * c.w),
+                         pack2(b.x * r * d.x, b.y * r * d.y), pack2(b.z * r * d.z, b.w * r * d.w));
+        } else {
+          v = ldcg128(p.x + (size_t)g * K + at + u * UNIT);
+        }
+      }
+      if (u < IN_REGISTERS) {
+        f[u < IN_REGISTERS ? u : 0][0] = v.x; f[u < IN_REGISTERS ? u : 0][1] = v.y;
+        f[u < IN_REGISTERS ? u : 0][2] = v.z; f[u < IN_REGISTERS ? u : 0][3] = v.w;
+      } else {
+        sts128(rest + (u - IN_REGISTERS) * 512, v);
+      }
+    }
+  }
+  __device__ __forceinline__ uint4 get(int u) const {
+    if (u < IN_REGISTERS) return make_uint4(f[u][0], f[u][1], f[u][2], f[u][3]);
+    return lds128(rest + (u - IN_REGISTERS) * 512);
+  }
+};
+
+// The queries of a task's KV head, as fragments, and the key and value that this step adds, which the cache did not have yet
+// when they were requested. All come from other CTAs of the launch.
+struct Fresh {
+  u32 q[HEAD_DIM / UNIT][4];
+  uint4 key, value;         // lane i: dimensions 8i to 8i + 7
+  __device__ __forceinline__ void poll(const Args& p, const Task& task, bool has_new, u32 tag, int lane) {
+    constexpr int HALF = HEAD_DIM / 2, UNITS = HEAD_DIM / UNIT;
+    const int g = lane >> 2, t = lane & 3;
+    const uint2* from = p.fresh + (size_t)task.seq * ALL_HEADS * HALF;
+    const uint2* queries = from + (task.kv * GROUP + g) * HALF + t * 8;
+    const uint2* new_key = from + (HEADS + task.kv) * HALF + lane % (HALF / 8) * 8;
+    const uint2* new_value = new_key + KV_HEADS * HALF;
+    const u32 half = lane < HALF / 8 ? 0x5410 : 0x7632;
+    for (int polls = 0;; ++polls) {
+      u32 wrong = 0;
+#pragma unroll
+      for (int u = 0; u < UNITS / 2; ++u) {
+        u32 w[8] = {};
+        if (g < GROUP) wrong |= ld_tagged(queries + u * UNIT, w, tag);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          q[u][j] = __byte_perm(w[2 * j], w[2 * j + 1], 0x5410);
+          q[u + UNITS / 2][j] = __byte_perm(w[2 * j], w[2 * j + 1], 0x7632);
+        }
+      }
+      if (has_new) {
+        u32 k[8], v[8];
+        wrong |= ld_tagged(new_key, k, tag) | ld_tagged(new_value, v, tag);
+        auto pair = [&](u32 (&w)[8], int j) { return __byte_perm(w[2 * j], w[2 * j + 1], half); };
+        key = make_uint4(pair(k, 0), pair(k, 1), pair(k, 2), pair(k, 3));
+        value = make_uint4(pair(v, 0), pair(v, 1), pair(v, 2), pair(v, 3));
+      }
+      if (!__any_sync(~0u, wrong != 0)) return;
+      if (polls == SPIN) {
+        if (lane == 0) atomicOr(p.error, 1);
+        return;
+      }
+    }
+  }
+};
+
+// A warp's softmax over its stretches of a task: for row g (a query head) the largest score, the sum, the weighted values.
+struct Softmax {
+  static constexpr int UNITS = HEAD_DIM / UNIT, TILES = HEAD_DIM / 8;
+  float o[TILES][2] = {}, m = -INFINITY_F, l = 0;
+  // `keys` and `values` lie in the ring; `refill` is called as each has been read.
+  template <class R, class Refill>
+  __device__ __forceinline__ void take(const Fresh& fresh, R& ring, int at, int end, int len, bool has_new, int lane, Refill refill) {
+    const int g = lane >> 2, t = lane & 3, pos = len - 1 - at;
+    const bool is_last = pos < TOKENS;      // the stretch holds the token that this step adds
+    u32 stage = ring.wait();
+    if (is_last) {
+      if (has_new) sts128(stage + pos * KV_ROW + lane * 16, fresh.key);
+      __syncwarp();
+    }
+    float s[2][2] = {};     // tokens 2t and 2t + 1, of either eight
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint4 k = lds128(stage + (n * 8 + g) * KV_ROW + u * UNIT * 2 + t * 16);
+        mma(s[n], fresh.q[u][0], fresh.q[u][1], k.x, k.y);
+        mma(s[n], fresh.q[u][2], fresh.q[u][3], k.z, k.w);
+      }
+    if (is_last) async_fence();
+    __syncwarp();
+    refill();
+    ring.next_out();
+    constexpr float scale = 1.4426950408889634f / (HEAD_DIM == 64 ? 8.f : 11.313708498984761f);  // log2(e) / sqrt(HEAD_DIM)
+    float top = m;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        s[n][j] = at + n * 8 + 2 * t + j < end ? s[n][j] * scale : -INFINITY_F;
+        top = fmaxf(top, s[n][j]);
+      }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));     // finite: the first token of a stretch is one of the context
+    const float r = exp2f(m - top);
+    m = top;
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        s[n][j] = exp2f(s[n][j] - m);
+        sum += s[n][j];
+      }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    l = l * r + sum;
+#pragma unroll
+    for (int d = 0; d < TILES; ++d) { o[d][0] *= r; o[d][1] *= r; }
+    const u32 a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[1][0], s[1][1]);
+    stage = ring.wait();
+    if (is_last) {          // zeros after the last token: whatever lies there must not become a NaN
+      if (lane < HEAD_DIM / 8) {
+        if (has_new) sts128(stage + pos * KV_ROW + lane * 16, fresh.value);
+        for (int j = pos + 1; j < TOKENS; ++j) sts128(stage + j * KV_ROW + lane * 16, make_uint4(0, 0, 0, 0));
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int d = 0; d < TILES; d += 2) {
+      u32 b[4];             // tokens 0 to 7 and 8 to 15, of eight dimensions and of the next eight
+      ldmatrix_t(b, stage + (lane & 15) * KV_ROW + (d + (lane >> 4)) * 16);
+      mma(o[d], a0, a1, b[0], b[1]);
+      mma(o[d + 1], a0, a1, b[2], b[3]);
+    }
+    if (is_last) async_fence();
+    __syncwarp();
+    refill();
+    ring.next_out();
+  }
+};
+
+// The CTA's tasks of attention. `merge` [NW][GROUP][HEAD_DIM + 2].
+template <class R, class Refill>
+__device__ __forceinline__ void attend(const Args& p, R& ring, float* merge, int* words, u32 tag, Refill refill) {
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+  Task task;
+  for (task.id = blockIdx.x; task.find(p, warp); task.id += gridDim.x) {
+    const int len = __ldg(p.seq_lens + task.seq);
+    const bool has_new = task.end == len && (len - 1 - task.start) / TOKENS % NW == warp && lane < HEAD_DIM / 8;
+    Fresh fresh;
+    fresh.poll(p, task, has_new, tag, lane);
+    __syncthreads();        // `merge` is free, and so is what shares its memory
+    Softmax mine;
+    for (; task.at < task.end; task.at += NW * TOKENS)
+      mine.take(fresh, ring, task.at, task.end, len, has_new, lane, refill);
+    if (g < GROUP) {
+      float* to = merge + (warp * GROUP + g) * (HEAD_DIM + 2);
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
+      if (t == 0) { to[HEAD_DIM] = mine.m; to[HEAD_DIM + 1] = mine.l; }
+    }
+    __syncthreads();
+    const size_t seq_head = (size_t)task.seq * KV_HEADS + task.kv;
+    float* part = p.part + seq_head * MAX_SPLITS * GROUP * (HEAD_DIM + 1);
+    u16* attended = p.attended + (size_t)task.seq * Q_SIZE + task.kv * GROUP * HEAD_DIM;
+    for (int i = tid; i < GROUP * HEAD_DIM; i += NT) {
+      const int h = i / HEAD_DIM, d = i % HEAD_DIM;
+      float m = -INFINITY_F, sum = 0, v = 0;
+#pragma unroll
+      for (int j = 0; j < NW; ++j) m = fmaxf(m, merge[(j * GROUP + h) * (HEAD_DIM + 2) + HEAD_DIM]);
+#pragma unroll
+      for (int j = 0; j < NW; ++j) {
+        const float* from = merge + (j * GROUP + h) * (HEAD_DIM + 2);
+        const float f = exp2f(from[HEAD_DIM] - m);
+        sum += f * from[HEAD_DIM + 1];
+        v += f * from[d];
+      }
+      if (task.num_splits == 1) {
+        attended[i] = pack1(v / sum);
+      } else {
+        float* to = part + (size_t)(task.split * GROUP + h) * (HEAD_DIM + 1);
+        __stcg(to + d, v / sum);
+        if (d == 0) __stcg(to + HEAD_DIM, m + log2f(sum));
+      }
+    }
+    if (task.num_splits == 1) continue;
+    // Whoever comes last adds up all parts, in order.
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) words[0] = atomicAdd(p.split_count + seq_head, 1);
+    __syncthreads();
+    if (words[0] != task.num_splits - 1) continue;
+    __threadfence();
+    for (int i = tid; i < GROUP * HEAD_DIM; i += NT) {
+      const float* from = part + (size_t)(i / HEAD_DIM) * (HEAD_DIM + 1);
+      constexpr int STEP = GROUP * (HEAD_DIM + 1);
+      float m = -INFINITY_F, sum = 0, v = 0;
+      for (int j = 0; j < task.num_splits; ++j) m = fmaxf(m, __ldcg(from + j * STEP + HEAD_DIM));
+      for (int j = 0; j < task.num_splits; ++j) {
+        const float f = exp2f(__ldcg(from + j * STEP + HEAD_DIM) - m);
+        sum += f;
+        v += f * __ldcg(from + j * STEP + i % HEAD_DIM);
+      }
+      attended[i] = pack1(v / sum);
+    }
+    if (tid == 0) p.split_count[seq_head] = 0;
+  }
+}
+
+// What a tile becomes. Lane (g, t) has the sums a and b of weight rows 2t and 2t + 1 for token g. `load` is called before the
+// sums are there, for what will be needed then.
+template <int MODE>
+struct Finish {
+  float2 residual, rotation;
+  int row, head, slot;
+  __device__ __forceinline__ void load(const Args& p, int tile, int g, int t) {
+    row = weight_row<MODE>(tile, 2 * t);
+    if (MODE == OUT || MODE == DOWN) residual = __ldcg(reinterpret_cast<const float2*>(p.h + (size_t)g * HIDDEN + row));
+    if (MODE == QKV) {
+      head = tile / TILES_A_HEAD;
+      rotation = make_float2(1, 0);
+      if (head < HEADS + KV_HEADS) {
+        const int at = __ldg(p.positions + g) * (HEAD_DIM / 2) + row % HEAD_DIM;
+        rotation = make_float2(__ldg(p.cos + at), __ldg(p.sin + at));
+      }
+      slot = __ldg(p.slots + g);
+    }
+  }
+  __device__ __forceinline__ void store(const Args& p, float a, float b, int tile, int g, int t, u32 tag, float2& best) {
+    if (MODE == QKV || MODE == OUT ? ATTENTION_BIAS : MODE != HEAD && MLP_BIAS) {
+      a += __ldg(p.bias + row);
+      b += __ldg(p.bias + weight_row<MODE>(tile, 2 * t + 1));
+    }
+    if (MODE == QKV) {
+      const int d = row % HEAD_DIM;
+      const float rotated = a * rotation.x - b * rotation.y;
+      b = b * rotation.x + a * rotation.y;
+      a = rotated;
+      if (head >= HEADS) {
+        u16* to = (head < HEADS + KV_HEADS ? p.keys : p.values) +
+                  (((size_t)(slot / KV_BLOCK) * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + d;
+        a = clipped(a);
+        b = clipped(b);
+        to[0] = pack1(a);
+        to[HEAD_DIM / 2] = pack1(b);
+      }
+      st_tagged(p.fresh + ((size_t)g * ALL_HEADS + head) * (HEAD_DIM / 2) + d, pack2(a, b), tag);
+    } else if (MODE == OUT || MODE == DOWN) {
+      __stcg(reinterpret_cast<float2*>(p.h + (size_t)g * HIDDEN + row), make_float2(residual.x + a, residual.y + b));
+    } else if (MODE == GATE_UP) {
+      p.y[(size_t)g * FFN + row] = pack1(a / (1.f + __expf(-a)) * b);
+    } else {
+      float* to = p.logits + (size_t)g * VOCAB;
+      if (row < VOCAB) to[row] = a;
+      if (row + 1 < VOCAB) to[row + 1] = b;
+      if (row < VOCAB && a > best.x) best = make_float2(a, __int_as_float(row));
+      if (row + 1 < VOCAB && b > best.x) best = make_float2(b, __int_as_float(row + 1));
+    }
+  }
+};
+
+// The CTA's best token of each row; of equals the lowest. `each` [NW][ROWS].
+__device__ __forceinline__ bool is_better(float2 a, float2 b) {
+  return a.x > b.x || (a.x == b.x && __float_as_int(a.y) < __float_as_int(b.y));
+}
+__device__ __forceinline__ void store_best(const Args& p, float2 best, float2* each) {
+  const int tid = threadIdx.x, warp = tid >> 5, g = tid % 32 >> 2, t = tid & 3;
+#pragma unroll
+  for (int o = 1; o < 4; o <<= 1) {
+    const float2 other = make_float2(__shfl_xor_sync(~0u, best.x, o), __shfl_xor_sync(~0u, best.y, o));
+    if (is_better(other, best)) best = other;
+  }
+  __syncthreads();
+  if (t == 0 && g < ROWS) each[warp * ROWS + g] = best;
+  __syncthreads();
+  if (tid >= ROWS) return;
+  best = each[tid];
+  for (int j = 1; j < NW; ++j)
+    if (is_better(each[j * ROWS + tid], best)) best = each[j * ROWS + tid];
+  p.best[blockIdx.x * ROWS + tid] = best;
+}
+
+template <int MODE, int K>
+__device__ __forceinline__ void run(const Args& p) {
+  using Layout = Shared<MODE, K>;
+  using Stream = Weights<MODE, K>;
+  constexpr int STAGES = Layout::STAGES;
+  constexpr bool NORM = MODE == QKV || MODE == GATE_UP || MODE == HEAD;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+  unsigned char* input = shared + Layout::RINGS;
+  float* parts = reinterpret_cast<float*>(input + Layout::INPUT);       // [NBUF][NW][ROWS][TILE]
+  u64* bars = reinterpret_cast<u64*>(input + Layout::WORK);
+  float* words = reinterpret_cast<float*>(bars + NW * STAGES + NBUF);
+  Ring<STAGES> ring{smem32(shared + warp * STAGES * STAGE), smem32(bars + warp * STAGES)};
+  const u32 done = smem32(bars + NW * STAGES);
+
+  // Consecutive tiles, as many as any other CTA has, or one less.
+  constexpr int TILES = num_rows_of(MODE) / TILE;
+  const int first = (int)((long long)TILES * blockIdx.x / gridDim.x), last = (int)((long long)TILES * (blockIdx.x + 1) / gridDim.x);
+  const u64 policy = evict_first();
+  Stream weights;
+  weights.start(p, first, last, warp, lane);
+  CachedTokens cached;
+  auto refill = [&]() {
+    if (weights.left) weights.request(ring, lane, policy);
+    else if (MODE == QKV && cached.more) cached.request(p, ring, warp, lane, policy);
+  };
+
+  if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
+  if (tid < NBUF) mbar_init(done + tid * 8, NW);
+  mbar_init_fence();
+  launch_dependents();
+  __syncthreads();
+  if (MODE == QKV) {
+    cached.task.id = blockIdx.x;
+    cached.find(p, warp, lane);
+    cached.prefetch(p, lane);
+  }
+  // Paced: what a burst leaves queued would delay the few loads for which the kernel before waits (1 to 2 % of a step).
+  for (int s = 0, all = weights.left; s < STAGES; ++s) {
+    const int before = s * NW + warp - PACE;
+    if (before >= 0 && before / NW < all) mbar_wait(smem32(bars + before % NW * STAGES + before / NW), 0);
+    refill();
+  }
+
+  Fragments<NORM, K> fragments;
+  if constexpr (ROWS == 1) load_row<NORM, K>(p, input, words);
+  else fragments.load(p, input, words, warp, lane);
+  __syncthreads();
+
+  // Parts of tile i lie in buffer i % NBUF; warp i % NW finishes it. A warp that writes to buffer i % NBUF again has finished one
+  // of the tiles from i + NW on, for which every warp had come so far: tile i was finished, its buffer is free.
+  const u32 tag = MODE == QKV ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
+  const bool is_row = g < p.num_rows;
+  float2 best = make_float2(-INFINITY_F, 0);
+  for (int i = 0, tile = first; tile < last; ++i, ++tile) {
+    Finish<MODE> finish;
+    if (i % NW == warp && is_row) finish.load(p, tile, g, t);
+    float c0[2] = {}, c1[2] = {};
+#pragma unroll
+    for (int c = 0; c < Stream::CHUNKS; ++c) {
+      const u32 stage = ring.wait() + g * ROW_BYTES + t * 16;
+      const u32 row = smem32(input) + (warp * Stream::SLICE + c * CHUNK) * 2 + t * 16;
+#pragma unroll
+      for (int u = 0; u < (c < Stream::CHUNKS - 1 ? CHUNK : Stream::TAIL) / UNIT; ++u) {
+        const uint4 w = lds128(stage + u * UNIT * 2);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if constexpr (ROWS == 1) {
+          if (g == 0) x = lds128(row + u * UNIT * 2);
+        } else {
+          x = fragments.get(c * (CHUNK / UNIT) + u);
+        }
+        mma(c0, x.x, x.y, w.x, w.y);
+        mma(c1, x.z, x.w, w.z, w.w);
+      }
+      __syncwarp();
+      refill();
+      ring.next_out();
+    }
+    float* part = parts + i % NBUF * NW * ROWS * TILE + g * TILE + 2 * t;
+    if (g < ROWS) *reinterpret_cast<float2*>(part + warp * ROWS * TILE) = make_float2(c0[0] + c1[0], c0[1] + c1[1]);
+    __syncwarp();
+    const u32 bar = done + i % NBUF * 8;
+    if (lane == 0) mbar_arrive(bar);
+    if (i % NW != warp) continue;
+    mbar_wait(bar, i / NBUF & 1);
+    if (is_row) {
+      float a = 0, b = 0;
+#pragma unroll
+      for (int j = 0; j < NW; ++j) {
+        const float2 v = *reinterpret_cast<const float2*>(part + j * ROWS * TILE);
+        a += v.x;
+        b += v.y;
+      }
+      finish.store(p, a, b, tile, g, t, tag, best);
+    }
+  }
+  if (MODE == QKV) attend(p, ring, reinterpret_cast<float*>(input), reinterpret_cast<int*>(words), tag, refill);
+  if (MODE == HEAD) {
+    store_best(p, best, reinterpret_cast<float2*>(parts));
+    if (blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
+  }
+}
+
+#define KERNEL(name, mode, k)                                                                  \
+  static_assert(Shared<mode, k>::TOTAL == SHARED_##name, "shared memory as planned");          \
+  extern "C" __global__ __launch_bounds__(NT, 1) void name
+
+KERNEL(qkv, QKV, HIDDEN)(const u16* w, const float* bias, float* h, const float* gamma, const float* cos, const float* sin,
+                         const int* positions, const int* slots, const int* seq_lens, const int* block_table, u16* keys, u16* values,
+                         u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride,
+                         int num_rows, int layer) {
+  Args p{};
+  p.w = w; p.bias = bias; p.h = h; p.gamma = gamma; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
+  p.seq_lens = seq_lens; p.block_table = block_table; p.keys = keys; p.values = values; p.attended = attended; p.part = part;
+  p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error; p.table_stride = table_stride;
+  p.num_rows = num_rows; p.layer = layer;
+  run<QKV, HIDDEN>(p);
+}
+
+KERNEL(out, OUT, Q_SIZE)(const u16* w, const float* bias, const u16* x, float* h, int num_rows) {
+  Args p{};
+  p.w = w; p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
+  run<OUT, Q_SIZE>(p);
+}
+
+KERNEL(gate_up, GATE_UP, HIDDEN)(const u16* w, const float* bias, float* h, const float* gamma, u16* y, int num_rows) {
+  Args p{};
+  p.w = w; p.bias = bias; p.h = h; p.gamma = gamma; p.y = y; p.num_rows = num_rows;
+  run<GATE_UP, HIDDEN>(p);
+}
+
+KERNEL(down, DOWN, FFN)(const u16* w, const float* bias, const u16* x, float* h, int num_rows) {
+  Args p{};
+  p.w = w; p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
+  run<DOWN, FFN>(p);
+}
+
+KERNEL(head, HEAD, HIDDEN)(const u16* w, float* h, const float* gamma, float* logits, float2* best, int* epoch, int num_rows) {
+  Args p{};
+  p.w = w; p.h = h; p.gamma = gamma; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
+  run<HEAD, HIDDEN>(p);
+}
+
+// tokens[r] = the best of each CTA's best tokens of row r; it becomes the last token of row rows[r] of the mirror. After a lost
+// signal all tokens are -1.
+extern "C" __global__ void pick(const float2* best, const int* rows, int* last, int* tokens, const int* error, int num_ctas) {
+  grid_wait();
+  const int r = blockIdx.x;
+  float2 mine = make_float2(-INFINITY_F, __int_as_float(0x7fffffff));
+  for (int j = threadIdx.x; j < num_ctas; j += 32) {
+    const float2 other = __ldcg(best + j * ROWS + r);
+    if (is_better(other, mine)) mine = other;
+  }
+#pragma unroll
+  for (int o = 16; o; o >>= 1) {
+    const float2 other = make_float2(__shfl_xor_sync(~0u, mine.x, o), __shfl_xor_sync(~0u, mine.y, o));
+    if (is_better(other, mine)) mine = other;
+  }
+  if (threadIdx.x) return;
+  const int token = __ldcg(error) ? -1 : __float_as_int(mine.y);
+  tokens[r] = token;
+  if (rows[r] >= 0) last[rows[r]] = token;
+}
