@@ -30,6 +30,7 @@ RUN = [
     ("runtime.executor",),
     ("runtime.ranks",),
     ("runtime.session",),
+    ("runtime.runner", "runtime.host_runner"),
     ("runtime.load", "runtime.limits", "runtime.device", "runtime.comm"),
     ("runtime.lower", "runtime.wire", "models"),
     ("runtime.lower_sampling",),
