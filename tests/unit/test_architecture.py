@@ -37,6 +37,7 @@ RUN = [
     (
         "runtime.scheduler",
         "runtime.admission",
+        "runtime.ahead",
         "runtime.beam",
         "runtime.block_pool",
         "runtime.step",
@@ -71,6 +72,7 @@ WITHOUT_NUMPY += tuple(
         "request",
         "block_pool",
         "admission",
+        "ahead",
         "beam",
         "scheduler",
         "step",
