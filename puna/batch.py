@@ -26,6 +26,9 @@ class ForwardBatch:
     seq_lens_S: Array  # context length, this step's tokens included
     block_table_SM: Array  # unused entries are 0
     logits_rows_L: Array  # rows of T whose logits are wanted, ascending
+    # Every token is a sequence of its own, the last of its context: a backend may have faster
+    # kernels for that. Only said of a batch that stays so as long as its program is used.
+    is_decode: bool = False
 
     @property
     def num_tokens(self) -> int:

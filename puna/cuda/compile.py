@@ -1,0 +1,177 @@
+"""Compiling an engine's kernels when it is built, with or without a GPU, into `kernels/`.
+
+Decides what the files of that directory are: a cubin for each kernel, and `kernels.json`, which
+says for each by name what a launch must know. Which kernels there are is in
+`puna.cuda.kernel_table`. The compilers (Triton; NVRTC through cuda.core) are imported here, when
+they are used, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from puna.cuda.kernel_table import (
+    KERNELS_FILE,
+    CudaSource,
+    TritonKernel,
+    cuda_sources,
+    triton_kernels,
+)
+from puna.engine import EngineConfig
+from puna.errors import ConfigError
+from puna.strict_json import canonical_json
+
+# Bytes of shared memory that one block of threads may have (CUDA C++ programming guide, table of
+# compute capabilities).
+SHARED_LIMITS = (
+    ("sm_80", 163 * 1024),
+    ("sm_86", 99 * 1024),
+    ("sm_89", 99 * 1024),
+    ("sm_90", 227 * 1024),
+    ("sm_100", 227 * 1024),
+    ("sm_120", 99 * 1024),
+)
+
+_HOW_TO_INSTALL = 'install the compilers with pip install "puna[cuda]"'
+
+_PTX_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)")
+_PTX_TYPES = MappingProxyType(
+    {"u64": "ptr", "s64": "ptr", "b64": "ptr", "u32": "i32", "s32": "i32", "b32": "i32"}
+)
+
+
+def compile_kernels(
+    config: EngineConfig, report: Callable[[str], None] | None = None
+) -> dict[str, bytes]:
+    """File name -> bytes of everything in `kernels/`; `report` is told each kernel that is done.
+
+    ConfigError where a compiler is missing.
+    """
+    triton = _import("triton", "Triton")
+    entries: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    versions = {"triton": str(triton.__version__)}
+    for kernel in triton_kernels(config):
+        files[f"{kernel.name}.cubin"], entries[kernel.name] = _compile_triton(kernel, config)
+        if report:
+            report(kernel.name)
+    sources = cuda_sources(config)
+    for source in sources:
+        files[f"{source.name}.cubin"], entries[source.name] = _compile_cuda(source, config.target)
+        if report:
+            report(source.name)
+    if sources:
+        versions["nvrtc"] = _nvrtc_version()
+    table = {"target": config.target, "compilers": versions, "kernels": entries}
+    return {KERNELS_FILE: canonical_json(table), **files}
+
+
+def _import(module: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} is needed to compile the kernels of an engine for a GPU ({error}): "
+            f"{_HOW_TO_INSTALL}, or build with --target cpu"
+        ) from error
+
+
+def compute_capability(target: str) -> int:
+    """90 of sm_90."""
+    return int(target.removeprefix("sm_"))
+
+
+def _compile_triton(kernel: TritonKernel, config: EngineConfig) -> tuple[bytes, dict[str, Any]]:
+    """The kernel's cubin and its entry of kernels.json."""
+    from triton import compile as compile_triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(
+        importlib.import_module(f"puna.cuda.kernels.{kernel.module}"), kernel.function
+    )
+    types, constants = dict(kernel.arguments), dict(kernel.constants)
+    names = list(function.arg_names)
+    assert names == [*types, *constants], (kernel.name, names)
+    # Pointers to floats are aligned to 16 bytes (the launcher checks it), those to integers are
+    # views that begin anywhere.
+    aligned = [i for i, name in enumerate(names) if types.get(name, "*i32") not in ("*i32", "i32")]
+    source = ASTSource(
+        fn=function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    target = GPUTarget("cuda", compute_capability(config.target), 32)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    compiled = compile_triton(source, target=target, options={**options, "enable_fp_fusion": True})
+    metadata = compiled.metadata
+    assert not metadata.global_scratch_size and not _get(metadata, "profile_scratch_size"), (
+        f"{kernel.name} wants scratch memory, which no launch gives it"
+    )
+    parameters = _parameters(compiled.asm["ptx"])
+    expected = ["ptr" if kind.startswith("*") else kind for _, kind in kernel.arguments]
+    extra = parameters[len(expected) :]
+    # After its own parameters a kernel has pointers to scratch memory: as many as the version of
+    # Triton has uses for.
+    assert parameters[: len(expected)] == expected, (kernel.name, parameters, expected)
+    assert all(kind == "ptr" for kind in extra), (kernel.name, parameters)
+    cubin = compiled.asm["cubin"]
+    return cubin, {
+        "file": f"{kernel.name}.cubin",
+        "entry": metadata.name,
+        "arguments": [list(argument) for argument in kernel.arguments],
+        "null_arguments": len(extra),
+        "constants": constants,
+        "num_warps": metadata.num_warps,
+        "shared": metadata.shared,
+    }
+
+
+def _get(metadata: Any, name: str) -> int:
+    """A number that older versions of Triton do not have."""
+    return getattr(metadata, name, 0) or 0
+
+
+def _parameters(ptx: str) -> list[str]:
+    """Kinds of the parameters of a module's one entry."""
+    entries = re.findall(r"\.visible\s+\.entry\s+[\w$]+\s*\((.*?)\)", ptx, re.DOTALL)
+    assert len(entries) == 1, f"{len(entries)} entries"
+    return [_PTX_TYPES[kind] for kind in _PTX_PARAMETER.findall(entries[0])]
+
+
+def _compile_cuda(kernel: CudaSource, target: str) -> tuple[bytes, dict[str, Any]]:
+    """The same for a CUDA C++ kernel, which has exactly the parameters that it declares."""
+    core = _import("cuda.core", "cuda-core")
+    path = Path(__file__).parent / "csrc" / kernel.source
+    arch = f"{target}a" if target in ("sm_90", "sm_100", "sm_120") else target
+    options = core.ProgramOptions(
+        arch=arch,
+        std="c++17",
+        define_macro=[(name, str(value)) for name, value in kernel.defines],
+        include_path=[str(path.parent)],
+        name=kernel.source,
+    )
+    program = core.Program(path.read_text(), code_type="c++", options=options)
+    cubin = bytes(program.compile("cubin").code)
+    return cubin, {
+        "file": f"{kernel.name}.cubin",
+        "entry": kernel.entry,
+        "arguments": [list(argument) for argument in kernel.arguments],
+        "null_arguments": 0,
+        "constants": dict(kernel.constants),
+        "num_warps": kernel.num_warps,
+        "shared": kernel.shared,
+    }
+
+
+def _nvrtc_version() -> str:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"

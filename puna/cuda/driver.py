@@ -1,0 +1,168 @@
+"""The CUDA driver by ctypes: modules, functions, launches, and what the GPU says of itself.
+
+The few calls of libcuda.so.1 that puna needs, declared by hand; contexts and streams are torch's.
+Knows nothing of kernels' names or arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from puna.errors import EngineError
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STATIC_SHARED = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_DEFAULT_SHARED = 48 * 1024  # what a launch may have without being asked for
+
+
+class _AttributeValue(ctypes.Union):
+    _fields_ = (("flag", ctypes.c_int), ("bytes", ctypes.c_char * 64))
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("padding", ctypes.c_char * 4),
+        ("value", _AttributeValue),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
+        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z")),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a GPU says of itself."""
+
+    name: str
+    capability: tuple[int, int]
+    num_multiprocessors: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """An entry of a loaded module, which stays loaded as long as the process lives."""
+
+    handle: int
+    num_threads: int
+    shared_bytes: int
+
+
+class Driver:
+    """libcuda.so.1, initialised."""
+
+    def __init__(self) -> None:
+        try:
+            self._cuda = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise EngineError(
+                f"no NVIDIA driver is here ({error}): install it, or build the engine with "
+                "--target cpu"
+            ) from error
+        self._check(self._cuda.cuInit(0), "the driver cannot be initialised")
+
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA version that the driver runs."""
+        found = ctypes.c_int()
+        self._check(self._cuda.cuDriverGetVersion(ctypes.byref(found)), "no driver version")
+        return found.value // 1000, found.value % 1000 // 10
+
+    def num_gpus(self) -> int:
+        found = ctypes.c_int()
+        self._check(self._cuda.cuDeviceGetCount(ctypes.byref(found)), "no count of GPUs")
+        return found.value
+
+    def gpu(self, index: int) -> Gpu:
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+        total = ctypes.c_size_t()
+        self._check(self._cuda.cuDeviceGet(ctypes.byref(device), index), f"no GPU {index}")
+        self._check(self._cuda.cuDeviceGetName(name, len(name), device), "no name")
+        self._check(self._cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device), "no memory size")
+
+        def attribute(number: int) -> int:
+            found = ctypes.c_int()
+            result = self._cuda.cuDeviceGetAttribute(ctypes.byref(found), number, device)
+            self._check(result, f"no attribute {number}")
+            return found.value
+
+        capability = attribute(_CAPABILITY_MAJOR), attribute(_CAPABILITY_MINOR)
+        return Gpu(name.value.decode(), capability, attribute(_MULTIPROCESSORS), total.value)
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the current context's GPU."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        result = self._cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        self._check(result, "no memory info")
+        return free.value, total.value
+
+    def load(self, cubin: bytes, what: str) -> int:
+        """A module in the current context. `what` names it in errors."""
+        module = ctypes.c_void_p()
+        result = self._cuda.cuModuleLoadData(ctypes.byref(module), cubin)
+        self._check(result, f"{what} cannot be loaded")
+        assert module.value is not None
+        return module.value
+
+    def function(self, module: int, entry: str, num_threads: int, shared_bytes: int) -> Function:
+        """An entry of a module, allowed to have `shared_bytes` of dynamic shared memory."""
+        handle = ctypes.c_void_p()
+        result = self._cuda.cuModuleGetFunction(
+            ctypes.byref(handle), ctypes.c_void_p(module), entry.encode()
+        )
+        self._check(result, f"kernel {entry} is not in its module")
+        if shared_bytes > _DEFAULT_SHARED:
+            result = self._cuda.cuFuncSetAttribute(
+                handle, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared_bytes)
+            )
+            self._check(result, f"kernel {entry} wants {shared_bytes} bytes of shared memory")
+        assert handle.value is not None
+        return Function(handle.value, num_threads, shared_bytes)
+
+    def launch(
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        arguments: ctypes.Array[ctypes.c_void_p],
+        stream: int,
+        *,
+        is_programmatic: bool = False,
+    ) -> None:
+        """Launch on a stream. `arguments` point to each parameter.
+
+        `is_programmatic`: the kernel may begin before those before it have ended, and waits for
+        them itself (griddepcontrol.wait): only for kernels that do.
+        """
+        config = _LaunchConfig(*grid, function.num_threads, 1, 1, function.shared_bytes, stream)
+        if is_programmatic:
+            attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION)
+            attribute.value.flag = 1
+            config.attributes, config.num_attributes = ctypes.pointer(attribute), 1
+        result = self._cuda.cuLaunchKernelEx(
+            ctypes.byref(config), ctypes.c_void_p(function.handle), arguments, None
+        )
+        self._check(result, "a kernel cannot be launched")
+
+    def _check(self, result: int, what: str) -> None:
+        """EngineError with the driver's own words unless `result` is CUDA_SUCCESS."""
+        if result:
+            words = ctypes.c_char_p()
+            self._cuda.cuGetErrorString(result, ctypes.byref(words))
+            said = (words.value or b"no description").decode()
+            raise EngineError(f"CUDA: {what}: {said} (error {result})")

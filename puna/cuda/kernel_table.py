@@ -1,0 +1,246 @@
+"""Which kernels an engine has, with their constants: the one list that build and tests read.
+
+Pure, from `EngineConfig`: it names functions of `puna.cuda.kernels` and knows neither Triton nor a
+GPU. Kernels of a target of its own (CUDA C++) are listed in `cuda_sources`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from puna.cuda_memory import ARGMAX_CHUNK, MAX_PARTS, padded_rows
+from puna.engine import EngineConfig
+from puna.weights import extent
+
+Constant = int | float | str | bool
+
+KERNELS_DIR = "kernels"  # of an engine
+KERNELS_FILE = "kernels.json"  # in it: all that a launch must know
+
+GEMM_TILES = (16, 32, 64)  # tokens a program
+# Attention of a decode batch: a part of a context has at least so many blocks.
+MIN_PART_BLOCKS = 2
+ROPE_HEADS = 16
+ROW_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """`arguments` are (name, type) in order, as Triton writes types; all else is constant."""
+
+    name: str
+    module: str  # of puna.cuda.kernels
+    function: str
+    arguments: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Constant], ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class CudaSource:
+    """One CUDA C++ kernel: `source` beside puna/cuda/csrc, compiled with `defines`.
+
+    `entry` is an extern "C" function; `arguments` are the types of its parameters as in
+    `TritonKernel`; `constants` are for those who launch it.
+    """
+
+    name: str
+    source: str
+    entry: str
+    arguments: tuple[tuple[str, str], ...]
+    defines: tuple[tuple[str, Constant], ...]
+    constants: tuple[tuple[str, Constant], ...]
+    num_warps: int
+    shared: int  # dynamic shared memory, bytes
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Sizes of rank 0, which is the only one yet."""
+
+    d: int
+    h: int
+    k: int
+    e: int
+    f: int
+    v: int
+    vocab_size: int
+    seqs: int
+    p: int
+
+    @property
+    def q(self) -> int:
+        return self.h * self.e
+
+    @property
+    def kv(self) -> int:
+        return self.k * self.e
+
+    @property
+    def k_at(self) -> int:
+        return padded_rows(self.q)
+
+    @property
+    def v_at(self) -> int:
+        return self.k_at + padded_rows(self.kv)
+
+    @property
+    def qkv(self) -> int:
+        return self.v_at + padded_rows(self.kv)
+
+
+def padded_cols(num_cols: int) -> int:
+    """Columns of a stored matrix."""
+    return -(-num_cols // 64) * 64
+
+
+def power_of_two(n: int) -> int:
+    """The least one from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
+    """Every Triton kernel of an engine."""
+    shapes, dtype = _shapes(config), {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    eps = config.spec.rms_norm_eps
+    return (
+        *_row_kernels(shapes, dtype, eps, config.spec.attention_bias, config.spec.mlp_bias),
+        *_gemms(shapes, dtype, config.spec.attention_bias, config.spec.mlp_bias),
+        *_attention(shapes, dtype, config.target),
+        *_argmax(shapes),
+    )
+
+
+def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
+    """CUDA C++ kernels of the engine's target; none yet."""
+    return ()
+
+
+def _shapes(config: EngineConfig) -> _Shapes:
+    spec, mapping = config.spec, config.mapping(0)
+    ffn = extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size
+    return _Shapes(
+        d=spec.hidden_size,
+        h=extent("heads", spec.q_size, spec, mapping).size // spec.head_dim,
+        k=extent("kv_heads", spec.kv_size, spec, mapping).size // spec.head_dim,
+        e=spec.head_dim,
+        f=ffn,
+        v=extent("vocab", spec.vocab_size, spec, mapping, config.vocab_multiple).size,
+        vocab_size=spec.vocab_size,
+        seqs=config.limits.max_batch_size,
+        p=config.limits.block_size,
+    )
+
+
+def _row_kernels(
+    s: _Shapes, dtype: str, eps: float, attention_bias: bool, mlp_bias: bool
+) -> list[TritonKernel]:
+    block = power_of_two(s.d)
+    warps = min(max(block // 512, 1), 8)
+    embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
+    embed += (("residual_TD", "*fp32"), ("partial_TD", dtype))
+    table = (("V", s.vocab_size), ("D", s.d), ("KP", padded_cols(s.d)), ("BLOCK", block))
+    norm = (("residual_TD", "*fp32"), ("partial_TD", dtype), ("weight_D", "*fp32"))
+    norm += (("out_TD", dtype), ("rows_L", "*i32"))
+    kernels = [
+        TritonKernel(
+            name, "rows", "embed", embed, (*table, ("CLEAR_PARTIAL", is_cleared)), warps, 1
+        )
+        for name, is_cleared in (("embed", False), ("embed_clear", True))
+    ]
+    for name, adds, picks in (
+        ("norm", False, False),
+        ("norm_add", True, False),
+        ("norm_pick", False, True),
+        ("norm_add_pick", True, True),
+    ):
+        constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
+        constants += (("ADD_PARTIAL", adds), ("PICK_ROWS", picks))
+        kernels.append(TritonKernel(name, "rows", "norm", norm, constants, warps, 1))
+    rope = (("qkv_TX", dtype), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
+    rope += (("positions_T", "*i32"), ("slots_T", "*i32"), ("q_TQ", dtype))
+    rope += (("keys_NKPE", dtype), ("values_NKPE", dtype))
+    constants = (("H", s.h), ("K", s.k), ("E", s.e), ("P", s.p), ("XS", s.qkv))
+    constants += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", attention_bias))
+    constants += (("CLIP", dtype == "*fp16"), ("HEADS", ROPE_HEADS))
+    constants += (("HALF", power_of_two(s.e // 2)),)
+    kernels.append(TritonKernel("rope_append", "rows", "rope_append", rope, constants, 4, 1))
+    silu = (("gate_up_TX", dtype), ("bias_N", "*fp32"), ("act_TF", dtype))
+    up_at = padded_rows(s.f)
+    constants = (("F", s.f), ("XS", 2 * up_at), ("UP_AT", up_at), ("HAS_BIAS", mlp_bias))
+    constants += (("BLOCK", ROW_BLOCK),)
+    kernels.append(TritonKernel("silu_mul", "rows", "silu_mul", silu, constants, 4, 1))
+    if attention_bias or mlp_bias:
+        bias = (("y_TN", dtype), ("bias_N", "*fp32"))
+        constants = (("N", s.d), ("BLOCK", ROW_BLOCK))
+        kernels.append(TritonKernel("add_bias", "rows", "add_bias", bias, constants, 4, 1))
+    return kernels
+
+
+def _gemms(s: _Shapes, dtype: str, attention_bias: bool, mlp_bias: bool) -> list[TritonKernel]:
+    up_at = padded_rows(s.f)
+    kernels = []
+    for role, num_rows, num_cols, row_stride, epilogue, has_bias in (
+        ("qkv", s.qkv, s.d, s.qkv, "store", False),
+        ("o", s.d, s.q, s.d, "add", attention_bias),
+        ("gate_up", s.f, s.d, s.f, "silu", mlp_bias),
+        ("down", s.d, s.f, s.d, "add", mlp_bias),
+        ("head", s.v, s.d, s.v, "store", False),
+    ):
+        out = "*fp32" if epilogue == "add" or role == "head" else dtype
+        arguments = (("x_MK", dtype), ("w_NK", dtype), ("bias_N", "*fp32"), ("y_MN", out))
+        arguments += (("M", "i32"),)
+        cols = padded_cols(num_cols)
+        for tile in GEMM_TILES:
+            constants = (("N", num_rows), ("K", num_cols), ("KP", cols), ("YS", row_stride))
+            constants += (("UP_AT", up_at), ("EPILOGUE", epilogue), ("HAS_BIAS", has_bias))
+            # 32 rows halve what is read of x; 16 put more programs to work where N is small.
+            block_n = 16 if epilogue == "silu" or (num_rows <= 4096 and tile == 16) else 32
+            block_k = 128 if cols % 128 == 0 else 64
+            constants += (("BLOCK_M", tile), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
+            stages = 4 if tile <= 32 else 3
+            name = f"gemm_{role}_{tile}"
+            kernels.append(TritonKernel(name, "gemm", "gemm", arguments, constants, 4, stages))
+    return kernels
+
+
+def _attention(s: _Shapes, dtype: str, target: str) -> list[TritonKernel]:
+    e_pow = max(power_of_two(s.e), 16)
+    j_pow = power_of_two(s.h // s.k)
+    scale = s.e**-0.5 * math.log2(math.e)
+    has_room = target in ("sm_80", "sm_90", "sm_100")  # over 160 KB of shared memory a program
+    common = (("H", s.h), ("K", s.k), ("E", s.e), ("EP", e_pow), ("P", s.p))
+    rows = max(128 if e_pow <= 128 and has_room else 64, j_pow)
+    cache = (("keys_NKPE", dtype), ("values_NKPE", dtype), ("block_table_SM", "*i32"))
+    arguments = (("q_TQ", dtype), *cache, ("query_start_S1", "*i32"), ("seq_lens_S", "*i32"))
+    arguments += (("out_TQ", dtype), ("num_seqs", "i32"), ("max_blocks", "i32"))
+    constants = (*common, ("JP", j_pow), ("TOKENS", rows // j_pow))
+    constants += (("SEQS", power_of_two(s.seqs)), ("SCALE", scale))
+    stages = 2 if e_pow <= 128 else 1
+    warps = 8 if rows == 128 else 4
+    kernels = [TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)]
+    parts = (("PARTS", MAX_PARTS), ("MIN_BLOCKS", MIN_PART_BLOCKS))
+    scratch = (("part_SBHE", "*fp32"), ("scale_SBH2", "*fp32"), ("out_SQ", dtype))
+    arguments = (("q_SQ", dtype), *cache, ("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))
+    constants = (*common, ("ROWS", max(16, j_pow)), *parts, ("SCALE", scale))
+    stages = 3 if e_pow <= 128 else 1
+    kernels.append(TritonKernel("decode", "attention", "decode", arguments, constants, 4, stages))
+    arguments = (("seq_lens_S", "*i32"), *scratch)
+    constants = (("H", s.h), ("E", s.e), ("EP", e_pow), ("P", s.p), *parts)
+    kernels.append(TritonKernel("combine", "attention", "combine", arguments, constants, 1, 1))
+    return kernels
+
+
+def _argmax(s: _Shapes) -> list[TritonKernel]:
+    num_chunks = -(-s.v // ARGMAX_CHUNK)
+    chunks = (("logits_LV", "*fp32"), ("value_LC", "*fp32"), ("index_LC", "*i32"))
+    rows = (("value_LC", "*fp32"), ("index_LC", "*i32"), ("rows_L", "*i32"))
+    rows += (("last_tokens_R", "*i32"), ("out_tokens_L", "*i32"))
+    vocab = (("VS", s.v), ("V", s.vocab_size), ("BLOCK", ARGMAX_CHUNK))
+    last = (("C", num_chunks), ("V", s.vocab_size), ("BLOCK", power_of_two(num_chunks)))
+    return [
+        TritonKernel("argmax_chunks", "argmax", "argmax_chunks", chunks, vocab, 4, 1),
+        TritonKernel("argmax_rows", "argmax", "argmax_rows", rows, last, 1, 1),
+    ]

@@ -1,0 +1,290 @@
+"""Attention over a paged KV cache: many tokens of a sequence (prefill), or one each (decode).
+
+Softmax is accumulated block by block from position 0 on (online softmax, arXiv:1805.02867), in
+powers of two. The query heads that share a KV head are rows of one product. A block that lies
+wholly in a row's future changes nothing in that row, to the bit.
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalSubscript=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _attend_block(
+    q_RE,
+    keys_NKPE,
+    values_NKPE,
+    block,
+    kv_head,
+    num_context,
+    first,
+    position_R,
+    largest_R,
+    total_R,
+    acc_RE,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """Take in the block whose first token has position `first`; a row sees up to its position."""
+    p = tl.arange(0, P)
+    e = tl.arange(0, EP)
+    at = (block.to(tl.int64) * K + kv_head) * (P * E) + p[:, None] * E + e[None, :]
+    if IS_MASKED:
+        # What was never written may be NaN, and 0 * NaN is not 0.
+        is_stored = (first + p < num_context)[:, None] & (e < E)[None, :]
+        keys_PE = tl.load(keys_NKPE + at, mask=is_stored, other=0.0)
+    elif E == EP:
+        keys_PE = tl.load(keys_NKPE + at)
+    else:
+        keys_PE = tl.load(keys_NKPE + at, mask=(e < E)[None, :], other=0.0)
+    scores_RP = tl.dot(q_RE, tl.trans(keys_PE)) * SCALE
+    if IS_MASKED:
+        is_seen = (first + p)[None, :] <= position_R[:, None]
+        scores_RP = tl.where(is_seen, scores_RP, float("-inf"))
+    new_R = tl.maximum(largest_R, tl.max(scores_RP, axis=1))
+    weight_RP = tl.exp2(scores_RP - new_R[:, None])
+    shrink_R = tl.exp2(largest_R - new_R)
+    total_R = total_R * shrink_R + tl.sum(weight_RP, axis=1)
+    acc_RE = acc_RE * shrink_R[:, None]
+    if IS_MASKED:
+        is_stored = (first + p < num_context)[:, None] & (e < E)[None, :]
+        values_PE = tl.load(values_NKPE + at, mask=is_stored, other=0.0)
+    elif E == EP:
+        values_PE = tl.load(values_NKPE + at)
+    else:
+        values_PE = tl.load(values_NKPE + at, mask=(e < E)[None, :], other=0.0)
+    acc_RE = tl.dot(weight_RP.to(values_PE.dtype), values_PE, acc_RE)
+    return new_R, total_R, acc_RE
+
+
+@triton.jit
+def prefill(
+    q_TQ,
+    keys_NKPE,
+    values_NKPE,
+    block_table_SM,
+    query_start_S1,
+    seq_lens_S,
+    out_TQ,
+    num_seqs,
+    max_blocks,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    JP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SEQS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Grid: (T // TOKENS + S, K). A program takes TOKENS tokens of a sequence and one KV head.
+
+    Sequence s has the tiles from query_start[s] // TOKENS + s on, which are enough for its tokens:
+    no host needs to know how long each is. SEQS is the power of two from S on.
+    """
+    J: tl.constexpr = H // K
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    i = tl.arange(0, SEQS)
+    start_S = tl.load(query_start_S1 + i, mask=i < num_seqs, other=0)
+    begins_S = (i < num_seqs) & (start_S // TOKENS + i <= tile)
+    seq = tl.sum(begins_S.to(tl.int32), axis=0) - 1
+    start = tl.load(query_start_S1 + seq)
+    num_new = tl.load(query_start_S1 + seq + 1) - start
+    first_token = (tile - start // TOKENS - seq) * TOKENS
+    if first_token >= num_new:
+        return
+    num_context = tl.load(seq_lens_S + seq)
+
+    r = tl.arange(0, TOKENS * JP)
+    e = tl.arange(0, EP)
+    token_R = first_token + r // JP
+    head_R = kv_head * J + r % JP
+    is_row = (token_R < num_new) & (r % JP < J)
+    at_RE = ((start + token_R).to(tl.int64) * H + head_R)[:, None] * E + e[None, :]
+    is_in = is_row[:, None] & (e < E)[None, :]
+    q_RE = tl.load(q_TQ + at_RE, mask=is_in, other=0.0)
+
+    position_R = num_context - num_new + token_R
+    first_position = num_context - num_new + first_token
+    stop = num_context - num_new + tl.minimum(first_token + TOKENS, num_new)
+    largest_R = tl.full((TOKENS * JP,), float("-inf"), tl.float32)
+    total_R = tl.zeros((TOKENS * JP,), tl.float32)
+    acc_RE = tl.zeros((TOKENS * JP, EP), tl.float32)
+    table_M = block_table_SM + seq.to(tl.int64) * max_blocks
+    num_seen = (first_position + 1) // P  # blocks that all rows see
+    for b in range(0, num_seen):
+        block = tl.load(table_M + b)
+        largest_R, total_R, acc_RE = _attend_block(
+            q_RE,
+            keys_NKPE,
+            values_NKPE,
+            block,
+            kv_head,
+            num_context,
+            b * P,
+            position_R,
+            largest_R,
+            total_R,
+            acc_RE,
+            K,
+            E,
+            EP,
+            P,
+            SCALE,
+            False,
+        )
+    for b in range(num_seen, tl.cdiv(stop, P)):
+        block = tl.load(table_M + b)
+        largest_R, total_R, acc_RE = _attend_block(
+            q_RE,
+            keys_NKPE,
+            values_NKPE,
+            block,
+            kv_head,
+            num_context,
+            b * P,
+            position_R,
+            largest_R,
+            total_R,
+            acc_RE,
+            K,
+            E,
+            EP,
+            P,
+            SCALE,
+            True,
+        )
+    out_RE = acc_RE / total_R[:, None]
+    tl.store(out_TQ + at_RE, out_RE.to(out_TQ.dtype.element_ty), mask=is_in)
+
+
+@triton.jit
+def _parts(num_context, P: tl.constexpr, MIN_BLOCKS: tl.constexpr, PARTS: tl.constexpr):
+    """Blocks of the context, blocks a part, parts: these follow from the context's length alone."""
+    num_blocks = tl.cdiv(num_context, P)
+    part_blocks = tl.maximum(tl.cdiv(num_blocks, PARTS), MIN_BLOCKS)
+    return num_blocks, part_blocks, tl.cdiv(num_blocks, part_blocks)
+
+
+@triton.jit
+def decode(
+    q_SQ,
+    keys_NKPE,
+    values_NKPE,
+    block_table_SM,
+    seq_lens_S,
+    part_SBHE,
+    scale_SBH2,
+    out_SQ,
+    max_blocks,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Grid: (S, K, G). The G programs of a sequence and KV head share out the context's parts.
+
+    Where there is one part it is written to out, else each part's sum to `part`, with its largest
+    score and its total to `scale`, for `combine`.
+    """
+    J: tl.constexpr = H // K
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    num_context = tl.load(seq_lens_S + seq)
+    num_blocks, part_blocks, num_parts = _parts(num_context, P, MIN_BLOCKS, PARTS)
+    r = tl.arange(0, ROWS)
+    e = tl.arange(0, EP)
+    head_R = kv_head * J + r
+    is_in = (r < J)[:, None] & (e < E)[None, :]
+    at_RE = (seq.to(tl.int64) * H + head_R)[:, None] * E + e[None, :]
+    q_RE = tl.load(q_SQ + at_RE, mask=is_in, other=0.0)
+    position_R = tl.zeros((ROWS,), tl.int32) + (num_context - 1)
+    table_M = block_table_SM + seq.to(tl.int64) * max_blocks
+    for part in range(tl.program_id(2), num_parts, tl.num_programs(2)):
+        largest_R = tl.full((ROWS,), float("-inf"), tl.float32)
+        total_R = tl.zeros((ROWS,), tl.float32)
+        acc_RE = tl.zeros((ROWS, EP), tl.float32)
+        first_block = part * part_blocks
+        for b in range(first_block, tl.minimum(first_block + part_blocks, num_blocks)):
+            block = tl.load(table_M + b)
+            largest_R, total_R, acc_RE = _attend_block(
+                q_RE,
+                keys_NKPE,
+                values_NKPE,
+                block,
+                kv_head,
+                num_context,
+                b * P,
+                position_R,
+                largest_R,
+                total_R,
+                acc_RE,
+                K,
+                E,
+                EP,
+                P,
+                SCALE,
+                True,
+            )
+        if num_parts == 1:
+            out_RE = acc_RE / total_R[:, None]
+            tl.store(out_SQ + at_RE, out_RE.to(out_SQ.dtype.element_ty), mask=is_in)
+        else:
+            row_R = (seq.to(tl.int64) * PARTS + part) * H + head_R
+            tl.store(part_SBHE + row_R[:, None] * E + e[None, :], acc_RE, mask=is_in)
+            tl.store(scale_SBH2 + row_R * 2, largest_R, mask=r < J)
+            tl.store(scale_SBH2 + row_R * 2 + 1, total_R, mask=r < J)
+
+
+@triton.jit
+def combine(
+    seq_lens_S,
+    part_SBHE,
+    scale_SBH2,
+    out_SQ,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+):
+    """Sum the parts of `decode` in order; zeros for a sequence without context. Grid: (S, H)."""
+    seq = tl.program_id(0)
+    head = tl.program_id(1)
+    _, _, num_parts = _parts(tl.load(seq_lens_S + seq), P, MIN_BLOCKS, PARTS)
+    if num_parts == 1:
+        return
+    e = tl.arange(0, EP)
+    first_row = seq.to(tl.int64) * (PARTS * H) + head
+    all_B = tl.arange(0, PARTS)
+    scores_B = tl.load(
+        scale_SBH2 + (first_row + all_B * H) * 2, mask=all_B < num_parts, other=float("-inf")
+    )
+    largest = tl.max(scores_B, axis=0)
+    total = 0.0
+    acc_E = tl.zeros((EP,), tl.float32)
+    for part in range(0, num_parts):
+        row = first_row + part * H
+        weight = tl.exp2(tl.load(scale_SBH2 + row * 2) - largest)
+        total += weight * tl.load(scale_SBH2 + row * 2 + 1)
+        acc_E += weight * tl.load(part_SBHE + row * E + e, mask=e < E, other=0.0)
+    out_E = tl.where(num_parts > 0, acc_E / total, 0.0)
+    at_E = out_SQ + (seq.to(tl.int64) * H + head) * E + e
+    tl.store(at_E, out_E.to(out_SQ.dtype.element_ty), mask=e < E)

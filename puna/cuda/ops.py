@@ -1,0 +1,414 @@
+"""CudaOps: every operation as launches on the current CUDA stream, recorded as a CUDA graph.
+
+This file decides which kernels an operation is, and which product goes to cuBLAS; how many
+tokens decide between them is in `puna.cuda.choices`. It knows nothing of how a kernel computes.
+
+The residual is float32; what feeds a product, and `partial`, have the engine's dtype. Up to
+`Choices.direct_tokens` tokens, and always where the engine runs deterministically, products with
+few rows add straight into the residual and `partial` is not touched; beyond, cuBLAS writes
+`partial` and the consumer adds it. Which of the two depends on the stream's number of tokens alone,
+so operations of one step may be recorded apart.
+
+Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from puna.batch import ForwardBatch
+from puna.cuda.choices import Choices
+from puna.cuda.kernel_table import GEMM_TILES, ROPE_HEADS, ROW_BLOCK
+from puna.cuda_memory import ARGMAX_CHUNK, padded_rows
+from puna.engine import EngineConfig
+from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
+from puna.quant import Format
+
+# A torch.Tensor. The model's types say Array: what they hold is whatever the device's arrays are.
+Tensor = Any
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A stored matrix: num_rows x num_cols within data_NK, which is padded with zeros."""
+
+    data_NK: Tensor
+    num_rows: int
+    num_cols: int
+
+
+class Kernels(Protocol):
+    """The engine's compiled kernels by name. `puna.cuda.library.Library` on a GPU."""
+
+    def launch(self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...]) -> None:
+        """Run on the current stream; tensors are passed as pointers, numbers as int32."""
+        ...
+
+    def constant(self, name: str, key: str) -> int:
+        """What the kernel was compiled with."""
+        ...
+
+
+class Recorder(Protocol):
+    """How launches become a program: `puna.cuda.graphs.GraphRecorder` on a GPU."""
+
+    def prepare(self, call: Callable[[], None]) -> None:
+        """Run at once, on the stream that launches are recorded from."""
+        ...
+
+    def record(self, emit: Callable[[], None]) -> Program: ...
+
+
+class FusedOps(Protocol):
+    """Operations for a few tokens at once that are kernels of their own on some target.
+
+    They are used up to `Choices.fused_tokens` tokens (qkv and attention: of a decode batch), add
+    straight into the residual, and never touch `partial`. `weight_XK` are q, k, v or gate, up one
+    after the other, each padded to a multiple of 16 rows.
+    """
+
+    def qkv(
+        self,
+        x: Stream,
+        norm: Norm,
+        weight_XK: Tensor,
+        bias_N: Tensor | None,
+        rope: RopeTable,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        q_TQ: Tensor,
+    ) -> None: ...
+
+    def attention(
+        self,
+        q_TQ: Tensor,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        x: Stream,
+    ) -> None: ...
+
+    def gate_up(
+        self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
+    ) -> None: ...
+
+    def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None: ...
+
+    def head(
+        self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
+    ) -> None: ...
+
+
+class CudaOps:
+    """Operations of one rank. `arrays` are those of `memory.workspace_specs(config, rank, "cuda")`
+    as torch tensors on the GPU; ForwardBatch, caches and weights hold torch tensors as well.
+
+    `deterministic`: a row's result depends on nothing but the row (products and attention in one
+    fixed order, whatever the batch). `fused` are kernels for a few tokens, where the target has
+    some.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        kernels: Kernels,
+        arrays: dict[str, Tensor],
+        recorder: Recorder,
+        choices: Choices,
+        *,
+        deterministic: bool = False,
+        fused: FusedOps | None = None,
+    ) -> None:
+        assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
+        self._kernels = kernels
+        self._arrays = arrays
+        self._recorder = recorder
+        self._choices = choices
+        self._is_deterministic = deterministic
+        self._fused = fused
+        self._state = "idle"
+        self._known_products: set[tuple[int, int, int]] = set()
+
+    def load_matrix(
+        self,
+        arrays: dict[str, Tensor],
+        format_name: str,
+        shape: tuple[int, int],
+        out_NK: Tensor | None,
+    ) -> Matrix:
+        assert out_NK is None and Format.parse(format_name).is_dense, format_name
+        data_NK, (num_rows, num_cols) = arrays["data"], shape
+        assert data_NK.is_contiguous() and len(data_NK) == padded_rows(num_rows), data_NK.shape
+        return Matrix(data_NK, num_rows, num_cols)
+
+    def record(self, emit: Callable[[], None]) -> Program:
+        assert self._state == "idle", "already recording"
+        try:
+            # cuBLAS allocates and loads when it meets a product for the first time, which it may
+            # not do while a graph is recorded. What it writes then is scratch between two steps.
+            self._state = "preparing"
+            self._recorder.prepare(emit)
+            self._state = "recording"
+            return self._recorder.record(emit)
+        finally:
+            self._state = "idle"
+
+    def embed(self, token_ids_T: Tensor, table: Linear, x: Stream) -> None:
+        (matrix,) = table.weights
+        name = "embed" if self._is_direct(x) else "embed_clear"
+        last_tokens_R = self._arrays["last_tokens_R"]
+        self._launch(
+            name,
+            (len(token_ids_T), 1, 1),
+            (token_ids_T, last_tokens_R, matrix.data_NK, x.residual_TD, x.partial_TD),
+        )
+
+    def qkv(
+        self,
+        x: Stream,
+        norm: Norm,
+        linear: Linear,
+        rope: RopeTable,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        q_TQ: Tensor,
+    ) -> None:
+        weight_XK = _joined(linear)
+        if batch.is_decode and (fused := self._fused_for(x)):
+            if self._is_recording():
+                fused.qkv(x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
+            return
+        num_tokens, q_size = q_TQ.shape
+        normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
+        self._norm(x, norm, normed_TD)
+        if self._is_direct(x):
+            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX)
+        else:
+            self._product(normed_TD, weight_XK, qkv_TX)
+        _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
+        num_heads = q_size // head_dim + 2 * num_kv_heads
+        self._launch(
+            "rope_append",
+            (num_tokens, -(-num_heads // ROPE_HEADS), 1),
+            (
+                qkv_TX,
+                self._bias(linear),
+                rope.cos_PE,
+                rope.sin_PE,
+                batch.positions_T,
+                batch.slots_T,
+                q_TQ,
+                cache.keys_NKEP,
+                cache.values_NKPE,
+            ),
+        )
+
+    def attention(
+        self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out: Linear, x: Stream
+    ) -> None:
+        (matrix,) = out.weights
+        if batch.is_decode and (fused := self._fused_for(x)):
+            if self._is_recording():
+                fused.attention(q_TQ, batch, cache, matrix.data_NK, out.bias_N, x)
+            return
+        attended_TQ = self._scratch("attended_TQ", x)
+        if batch.is_decode and not self._is_deterministic:
+            self._attend_decode(q_TQ, batch, cache, attended_TQ)
+        else:
+            self._attend_prefill(q_TQ, batch, cache, attended_TQ)
+        self._into_stream("o", attended_TQ, out, x)
+
+    def _attend_decode(
+        self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor
+    ) -> None:
+        _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
+        num_seqs, max_blocks = batch.block_table_SM.shape
+        parts = self._arrays["attn_part_SBHE"], self._arrays["attn_scale_SBH2"]
+        most = -(-max_blocks // self._kernels.constant("decode", "MIN_BLOCKS"))
+        wanted = -(-self._choices.decode_programs // (num_seqs * num_kv_heads))
+        shared_by = min(wanted, most, self._kernels.constant("decode", "PARTS"))
+        self._launch(
+            "decode",
+            (num_seqs, num_kv_heads, shared_by),
+            (
+                q_TQ,
+                cache.keys_NKEP,
+                cache.values_NKPE,
+                batch.block_table_SM,
+                batch.seq_lens_S,
+                *parts,
+                out_TQ,
+                max_blocks,
+            ),
+        )
+        grid = (num_seqs, q_TQ.shape[1] // head_dim, 1)
+        self._launch("combine", grid, (batch.seq_lens_S, *parts, out_TQ))
+
+    def _attend_prefill(
+        self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor
+    ) -> None:
+        num_kv_heads = cache.values_NKPE.shape[1]
+        num_seqs, max_blocks = batch.block_table_SM.shape
+        num_tiles = len(q_TQ) // self._kernels.constant("prefill", "TOKENS") + num_seqs
+        assert num_seqs <= self._kernels.constant("prefill", "SEQS"), num_seqs
+        self._launch(
+            "prefill",
+            (num_tiles, num_kv_heads, 1),
+            (
+                q_TQ,
+                cache.keys_NKEP,
+                cache.values_NKPE,
+                batch.block_table_SM,
+                batch.query_start_S1,
+                batch.seq_lens_S,
+                out_TQ,
+                num_seqs,
+                max_blocks,
+            ),
+        )
+
+    def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Tensor) -> None:
+        weight_XK = _joined(linear)
+        if fused := self._fused_for(x):
+            if self._is_recording():
+                fused.gate_up(x, norm, weight_XK, linear.bias_N, act_TF)
+            return
+        normed_TD = self._scratch("normed_TD", x)
+        self._norm(x, norm, normed_TD)
+        if self._is_direct(x):
+            self._gemm("gate_up", normed_TD, weight_XK, linear.bias_N, act_TF)
+            return
+        gate_up_TX = self._scratch("gate_up_TX", x)
+        self._product(normed_TD, weight_XK, gate_up_TX)
+        num_tokens, ffn = act_TF.shape
+        grid = (num_tokens, -(-ffn // ROW_BLOCK), 1)
+        self._launch("silu_mul", grid, (gate_up_TX, self._bias(linear), act_TF))
+
+    def down(self, act_TF: Tensor, linear: Linear, x: Stream) -> None:
+        if fused := self._fused_for(x):
+            (matrix,) = linear.weights
+            if self._is_recording():
+                fused.down(act_TF, matrix.data_NK, linear.bias_N, x)
+            return
+        self._into_stream("down", act_TF, linear, x)
+
+    def head(
+        self, x: Stream, rows_L: Tensor, norm: Norm, linear: Linear, logits_LV: Tensor
+    ) -> None:
+        (matrix,) = linear.weights
+        if fused := self._fused_for(x):
+            if self._is_recording():
+                fused.head(x, rows_L, norm, matrix.data_NK, logits_LV)
+            return
+        normed_LD = self._arrays["normed_TD"][: len(rows_L)]
+        name = "norm_pick" if self._is_direct(x) else "norm_add_pick"
+        self._launch(
+            name,
+            (len(rows_L), 1, 1),
+            (x.residual_TD, x.partial_TD, norm.weight_D, normed_LD, rows_L),
+        )
+        self._gemm("head", normed_LD, matrix.data_NK, None, logits_LV)
+
+    def sample_greedy(
+        self, logits_LV: Tensor, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor
+    ) -> None:
+        """out_tokens[l] = last_tokens[rows[l]] = the largest of logits[l], the lowest id where
+        several are; rows below 0 write no last token."""
+        num_rows, vocab = logits_LV.shape
+        largest = self._arrays["argmax_value_LC"], self._arrays["argmax_index_LC"]
+        num_chunks = -(-vocab // ARGMAX_CHUNK)
+        self._launch("argmax_chunks", (num_rows, num_chunks, 1), (logits_LV, *largest))
+        arguments = (*largest, rows_L, last_tokens_R, out_tokens_L)
+        self._launch("argmax_rows", (num_rows, 1, 1), arguments)
+
+    def copy_blocks(self, kv_arrays: tuple[Tensor, ...], copies_C2: Any) -> None:
+        """Copy KV blocks (source, destination) on the current stream, at once."""
+        for array in kv_arrays:
+            pairs_C2 = torch.as_tensor(copies_C2).to(array.device, torch.int64)
+            array[:, :, pairs_C2[:, 1]] = array[:, :, pairs_C2[:, 0]]
+
+    def _is_direct(self, x: Stream) -> bool:
+        """Whether products add into this stream's residual, and `partial` is not used."""
+        return self._is_deterministic or len(x.residual_TD) <= self._choices.direct_tokens
+
+    def _fused_for(self, x: Stream) -> FusedOps | None:
+        num_tokens = len(x.residual_TD)
+        if self._is_deterministic or num_tokens > self._choices.fused_tokens:
+            return None
+        return self._fused
+
+    def _scratch(self, name: str, x: Stream) -> Tensor:
+        return self._arrays[name][: len(x.residual_TD)]
+
+    def _bias(self, linear: Linear) -> Tensor:
+        """The bias, or what stands for it where the kernel reads none."""
+        return self._arrays["rope_cos_PE"] if linear.bias_N is None else linear.bias_N
+
+    def _norm(self, x: Stream, norm: Norm, out_TD: Tensor) -> None:
+        self._launch(
+            "norm" if self._is_direct(x) else "norm_add",
+            (len(out_TD), 1, 1),
+            (x.residual_TD, x.partial_TD, norm.weight_D, out_TD, self._arrays["last_tokens_R"]),
+        )
+
+    def _into_stream(self, role: str, in_TK: Tensor, linear: Linear, x: Stream) -> None:
+        """Add a product to the stream: to its residual, or as its partial."""
+        (matrix,) = linear.weights
+        if self._is_direct(x):
+            self._gemm(role, in_TK, matrix.data_NK, linear.bias_N, x.residual_TD)
+            return
+        self._product(in_TK, matrix.data_NK, x.partial_TD)
+        if linear.bias_N is not None:
+            num_tokens, hidden = x.partial_TD.shape
+            grid = (num_tokens, -(-hidden // ROW_BLOCK), 1)
+            self._launch("add_bias", grid, (x.partial_TD, linear.bias_N))
+
+    def _gemm(
+        self, role: str, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, y_MN: Tensor
+    ) -> None:
+        """The skinny product of a role, in tiles of as many tokens as there are, or of the most."""
+        num_tokens = len(x_MK)
+        tile = next((tile for tile in GEMM_TILES if num_tokens <= tile), GEMM_TILES[-1])
+        name = f"gemm_{role}_{tile}"
+        num_programs = -(-y_MN.shape[1] // self._kernels.constant(name, "BLOCK_N"))
+        bias = self._arrays["rope_cos_PE"] if bias_N is None else bias_N
+        grid = (-(-num_tokens // tile), num_programs, 1)
+        self._launch(name, grid, (x_MK, w_NK, bias, y_MN, num_tokens))
+
+    def _product(self, x_TK: Tensor, w_NK: Tensor, y_TN: Tensor) -> None:
+        """y = x W^T by cuBLAS."""
+        (num_tokens, num_cols), num_rows = x_TK.shape, y_TN.shape[1]
+        key = (num_tokens, num_rows, num_cols)
+        if self._is_recording() or key not in self._known_products:
+            torch.mm(x_TK, w_NK[:num_rows, :num_cols].T, out=y_TN)
+            self._known_products.add(key)
+
+    def _launch(self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...]) -> None:
+        if self._is_recording():
+            self._kernels.launch(name, grid, arguments)
+
+    def _is_recording(self) -> bool:
+        assert self._state != "idle", "operations are called inside record() only"
+        return self._state == "recording"
+
+
+def _joined(linear: Linear) -> Tensor:
+    """The matrices of a product as one: they follow each other in the rank's file."""
+    parts: list[Matrix] = list(linear.weights)
+    first = parts[0].data_NK
+    end = first.data_ptr()
+    for part in parts:
+        data_NK = part.data_NK
+        assert data_NK.data_ptr() == end and data_NK.shape[1] == first.shape[1], (
+            "matrices of one product lie apart"
+        )
+        end += data_NK.numel() * data_NK.element_size()
+    num_rows = sum(len(part.data_NK) for part in parts)
+    return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))

@@ -1,0 +1,56 @@
+"""What the cuda device writes beside the arrays that every device has, for the memory plan.
+
+Some names are those of `puna.memory`: on a GPU what feeds a matrix product has the engine's dtype,
+and so has `partial_TD`. Knows sizes, not what is computed in them.
+
+Shape suffixes as in `puna.memory`; R rows of the lowering's mirror, Qp, Fp ... = rows of a stored
+matrix (rounded up to 16), C chunks of the vocabulary, B parts of a context.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from puna.engine import EngineConfig
+from puna.layout import ArraySpec
+from puna.quant import DTYPES
+from puna.weights import extent
+
+FLOAT32 = np.dtype(np.float32)
+INT32 = np.dtype(np.int32)
+
+ROWS_MULTIPLE = 16  # rows of a stored matrix are padded to a multiple of this
+ARGMAX_CHUNK = 2048  # numbers of the vocabulary that one program of argmax looks at
+MAX_PARTS = 32  # a long context is shared out in at most so many parts
+
+
+def padded_rows(num_rows: int) -> int:
+    return -(-num_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
+    """dtype and shape of each array, by name; takes precedence over what all devices have."""
+    spec, mapping, limits = config.spec, config.mapping(rank), config.limits
+    dtype = DTYPES[config.dtype]
+    num_tokens, num_seqs = limits.max_num_tokens, limits.max_batch_size
+    q_size = extent("heads", spec.q_size, spec, mapping).size
+    kv_size = extent("kv_heads", spec.kv_size, spec, mapping).size
+    ffn = extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size
+    vocab = extent("vocab", spec.vocab_size, spec, mapping, config.vocab_multiple).size
+    num_heads = q_size // spec.head_dim
+    qkv_rows = padded_rows(q_size) + 2 * padded_rows(kv_size)
+    num_chunks = -(-vocab // ARGMAX_CHUNK)
+    return {
+        "partial_TD": (dtype, (num_tokens, spec.hidden_size)),
+        "q_TQ": (dtype, (num_tokens, q_size)),
+        "act_TF": (dtype, (num_tokens, ffn)),
+        "normed_TD": (dtype, (num_tokens, spec.hidden_size)),
+        "qkv_TX": (dtype, (num_tokens, qkv_rows)),
+        "attended_TQ": (dtype, (num_tokens, q_size)),
+        "gate_up_TX": (dtype, (num_tokens, 2 * padded_rows(ffn))),
+        "attn_part_SBHE": (FLOAT32, (num_seqs, MAX_PARTS, num_heads, spec.head_dim)),
+        "attn_scale_SBH2": (FLOAT32, (num_seqs, MAX_PARTS, num_heads, 2)),
+        "argmax_value_LC": (FLOAT32, (num_seqs, num_chunks)),
+        "argmax_index_LC": (INT32, (num_seqs, num_chunks)),
+        "last_tokens_R": (INT32, (num_seqs,)),
+    }

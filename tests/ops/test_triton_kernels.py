@@ -1,0 +1,87 @@
+"""The CUDA backend's kernels and CudaOps on the CPU, under Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, so the cases run in a process of their
+own: this file again, where TRITON_INTERPRET is set.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not IS_INTERPRETED:
+
+    def test_cases_under_the_interpreter() -> None:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", __file__],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+else:
+    import importlib
+
+    import torch
+    from cuda_cases import *  # noqa: F403
+    from cuda_cases import TestDevice
+
+    from puna.cuda.choices import Choices
+    from puna.cuda.kernel_table import triton_kernels
+    from puna.cuda.ops import CudaOps
+    from puna.engine import EngineConfig
+
+    class InterpretedKernels:
+        """`Kernels` that calls Triton's functions themselves."""
+
+        def __init__(self, config: EngineConfig) -> None:
+            self._kernels = {kernel.name: kernel for kernel in triton_kernels(config)}
+
+        def constant(self, name: str, key: str) -> Any:
+            return dict(self._kernels[name].constants)[key]
+
+        def launch(self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+            kernel = self._kernels[name]
+            module = importlib.import_module(f"puna.cuda.kernels.{kernel.module}")
+            names = [argument for argument, _ in kernel.arguments]
+            given = dict(zip(names, arguments, strict=True))
+            getattr(module, kernel.function)[grid](**given, **dict(kernel.constants))
+
+    @dataclass(frozen=True)
+    class Done:
+        def run(self) -> None:
+            """It ran when it was recorded."""
+
+    class EagerRecorder:
+        def prepare(self, call: Callable[[], None]) -> None:
+            pass
+
+        def record(self, emit: Callable[[], None]) -> Done:
+            emit()
+            return Done()
+
+    def make_ops(
+        config: EngineConfig,
+        arrays: dict[str, torch.Tensor],
+        choices: Choices,
+        deterministic: bool,
+    ) -> CudaOps:
+        kernels = InterpretedKernels(config)
+        recorder = EagerRecorder()
+        return CudaOps(config, 0, kernels, arrays, recorder, choices, deterministic=deterministic)
+
+    @pytest.fixture
+    def device() -> TestDevice:
+        return TestDevice("cpu", make_ops)
