@@ -20,16 +20,26 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
+from puna.auto_target import INSTALL, auto_target
 from puna.checkpoint import Checkpoint, open_checkpoint
-from puna.engine import CONFIG_FILE, TOKENIZER_DIR, DummyRecipe, EngineConfig, Provenance
+from puna.engine import (
+    CONFIG_FILE,
+    KERNELS_DIR,
+    TOKENIZER_DIR,
+    DummyRecipe,
+    EngineConfig,
+    Provenance,
+)
 from puna.errors import CheckpointError, ConfigError, TokenizerError
 from puna.manifest import READ_BYTES, write_manifest
 from puna.memory import available_bytes, human_bytes
+from puna.nvidia import missing_compilers
 from puna.output import check_output, finish, is_engine, workspace
 from puna.plan import BuildConfig, CheckpointFacts, plan
 from puna.rank_file import rank_file, rank_file_name
 from puna.rank_writer import Task, write_ranks, write_ranks_in_processes
 from puna.shard import CHUNK_WEIGHTS
+from puna.targets import TARGETS
 from puna.tokenizer import load_tokenizer
 from puna.version import puna_version
 from puna.weights import checkpoint_weights
@@ -96,7 +106,10 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 def plan_checkpoint(
     checkpoint: Checkpoint, config: BuildConfig, materialize: bool = False
 ) -> EngineConfig:
-    """Plan an engine of a checkpoint. Reads headers only; source digests are added by `build`."""
+    """Plan an engine of a checkpoint. Reads headers only; source digests are added by `build`.
+
+    Target "auto" looks for a GPU; a named one needs none.
+    """
     check_tensors(checkpoint)
     matrices = [weight.name for weight in checkpoint_weights(checkpoint.spec) if weight.is_matrix]
     seed = getattr(checkpoint, "seed", None)
@@ -110,6 +123,8 @@ def plan_checkpoint(
         ),
         dummy=DummyRecipe(seed) if is_recipe and seed is not None else None,
     )
+    if config.target == "auto":
+        return plan(facts, config, auto_target())
     return plan(facts, config)
 
 
@@ -168,6 +183,7 @@ def _build(
     out = Path(os.path.abspath(out))
     planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
     check_output(out, force)
+    _check_compilers(planned)
     if workers is None:
         workers = min(num_cpus(), MAX_DEFAULT_WORKERS)
     for name, number in (("workers", workers), ("processes", processes)):
@@ -198,6 +214,9 @@ def _write(
     """Fill `folder` with a whole engine; returns the config with the digests of its sources."""
     if tokenizer:
         _write_tokenizer(folder / TOKENIZER_DIR, tokenizer)
+    if TARGETS[planned.target].is_gpu:
+        # Before the weights: what can fail should not do so after minutes of writing.
+        _write_kernels(folder / KERNELS_DIR, planned)
     placeholder = "0" * 64
     if planned.dummy is None:
         task = Task(folder, planned, checkpoint, placeholder)
@@ -229,6 +248,23 @@ def _write_tokenizer(folder: Path, files: MappingABC[str, bytes]) -> None:
         raise TokenizerError(
             f"the tokenizer cannot be used ({found}): mend it, or take another with --tokenizer DIR"
         ) from error
+
+
+def _check_compilers(planned: EngineConfig) -> None:
+    if TARGETS[planned.target].is_gpu and (missing := missing_compilers()):
+        raise ConfigError(
+            f"target {planned.target} needs {', '.join(missing)} to compile its kernels, not "
+            f"installed: {INSTALL}, or build for the CPU with --target cpu"
+        )
+
+
+def _write_kernels(folder: Path, planned: EngineConfig) -> None:
+    """Compile the engine's kernels, which needs no GPU."""
+    from puna.cuda.compile import compile_kernels
+
+    folder.mkdir()
+    for name, data in compile_kernels(planned).items():
+        (folder / name).write_bytes(data)
 
 
 class _Bar:

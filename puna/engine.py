@@ -20,10 +20,12 @@ from puna.mapping import Mapping, check_parallel
 from puna.quant import DTYPES, KV_DTYPES, Format
 from puna.spec import GenerationDefaults, ModelSpec
 from puna.strict_json import canonical_json, check_json, exact_keys
+from puna.targets import TARGETS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 TOKENIZER_DIR = "tokenizer"
+KERNELS_DIR = "kernels"
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,14 @@ class EngineConfig:
             raise ValueError(f"memory of {len(self.memory)} ranks, needed {self.world_size}")
         if "embed.weight" not in self.weights:
             raise ValueError("no weights are declared")
-        for weight in self.weights.values():
+        target = TARGETS.get(self.target)  # None: of a newer puna perhaps; opening it will say
+        for name, weight in self.weights.items():
             Format.parse(weight.format)
-            check_layout(weight.layout)
+            layout = check_layout(weight.layout)
+            if target is not None and layout != target.layout:
+                raise ValueError(
+                    f"{name} lies in {layout}, target {self.target} needs {target.layout}"
+                )
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> EngineConfig:

@@ -18,10 +18,16 @@ Bytes are unsigned: signed q are stored as q + 128 (8 bits) or q + 8 (4 bits). `
 minimum, `min` are [I, G, 16]. Padding stands for zeros: q is 0 in columns beyond K and in rows
 beyond N, and scale and min are 0 in rows beyond N.
 
-The first axis of every array counts tiles, so tiles can be packed, stored and read in any number.
+`rows`: one row after the other, as matrix products on a GPU read them. Dense formats of 16 bits
+only: `data` [Np, Kp], with zeros beyond the matrix. Matrices that follow each other in a file then
+are one matrix with the rows of all.
 
-Shape suffixes: N rows, K columns, G groups a row, I = ceil(N / 16) tiles, J words a row, Kp = K
-rounded up to a multiple of 32, U = 16 rows of a tile.
+The first axis of every array counts tiles (`tiles`) or rows (`rows`), so that whole tiles of rows
+can be packed, stored and read in any number; `axis_rows` says which.
+
+Shape suffixes: N rows, K columns, G groups a row, I = ceil(N / 16) tiles, J words a row, U = 16
+rows of a tile; Np = N rounded up to a multiple of 16, Kp = K rounded up to a multiple of 32
+(`tiles`) or 64 (`rows`).
 """
 
 from __future__ import annotations
@@ -34,28 +40,48 @@ from puna.errors import EngineError
 from puna.native.packing import Packer, find_packer
 from puna.quant import DTYPES, Array, Format, QuantTensor, to_float32
 
-LayoutName = Literal["tiles"]
+LayoutName = Literal["tiles", "rows"]
 ArraySpec = tuple[np.dtype, tuple[int, ...]]
 
 # Rows of a tile: 16 words of four bytes are one AVX-512 register, or two of AVX2.
 TILE = 16
 # Columns of a quantised matrix are padded to a multiple of this.
 COLS_MULTIPLE = 32
+# Columns of a row of layout `rows` are padded to a multiple of this: 128 bytes, a GPU's cache line.
+ROW_COLS_MULTIPLE = 64
 _WORD_BYTES = 4
 
 
-def check_layout(name: str) -> None:
-    """Raise EngineError for a layout that this version does not know."""
-    if name not in get_args(LayoutName):
-        raise EngineError(
-            f"layout {name!r} is unknown; this version of puna reads "
-            f"{', '.join(get_args(LayoutName))}: rebuild the engine"
-        )
+def check_layout(name: str) -> LayoutName:
+    """The name, if this version knows the layout; else EngineError."""
+    for known in get_args(LayoutName):
+        if name == known:
+            return known
+    raise EngineError(
+        f"layout {name!r} is unknown; this version of puna reads "
+        f"{', '.join(get_args(LayoutName))}: rebuild the engine"
+    )
 
 
-def array_specs(fmt: Format, num_rows: int, num_cols: int) -> dict[str, ArraySpec]:
+def check_holds(layout: LayoutName, fmt: Format) -> None:
+    """Raise EngineError for a format that the layout has no place for."""
+    if layout == "rows" and not (fmt.is_dense and DTYPES[fmt.dtype].itemsize == 2):
+        raise EngineError(f"layout rows holds float16 and bfloat16, not {fmt.name}: rebuild")
+
+
+def axis_rows(layout: LayoutName) -> int:
+    """How many rows of the matrix one index of a stored array's first axis stands for."""
+    return TILE if layout == "tiles" else 1
+
+
+def array_specs(
+    layout: LayoutName, fmt: Format, num_rows: int, num_cols: int
+) -> dict[str, ArraySpec]:
     """dtype and shape of each stored array of a matrix, by suffix, in file order."""
+    check_holds(layout, fmt)
     num_tiles = -(-num_rows // TILE)
+    if layout == "rows":
+        return {"data": (DTYPES[fmt.dtype], _rows_shape(num_rows, num_cols))}
     if fmt.is_dense:
         dtype = DTYPES[fmt.dtype]
         a_word = _WORD_BYTES // dtype.itemsize
@@ -68,27 +94,26 @@ def array_specs(fmt: Format, num_rows: int, num_cols: int) -> dict[str, ArraySpe
     return {**arrays, "min": scale} if fmt.has_min else arrays
 
 
-def pack_dense(x_NK: Array) -> dict[str, Array]:
+def pack_dense(layout: LayoutName, x_NK: Array) -> dict[str, Array]:
     """Arrays of `array_specs` for rows of a matrix in the dtype that they are stored in."""
     num_rows, num_cols = x_NK.shape
+    if layout == "rows":
+        return {"data": _padded(x_NK, _rows_shape(num_rows, num_cols))}
     a_word = _WORD_BYTES // x_NK.dtype.itemsize
     if packer := find_packer():
         shape = (-(-num_rows // TILE), -(-num_cols // a_word), TILE)
         out = np.empty(shape if a_word == 1 else (*shape, a_word), x_NK.dtype)
         packer.pack(x_NK, out)
         return {"data": out}
-    shape = (-(-num_rows // TILE) * TILE, -(-num_cols // a_word) * a_word)
-    if x_NK.shape != shape:
-        padded_NK = np.zeros(shape, x_NK.dtype)
-        padded_NK[:num_rows, :num_cols] = x_NK
-        x_NK = padded_NK
-    words_IJU = _tiles(np.ascontiguousarray(x_NK).view(np.uint32))
+    x_NK = _padded(x_NK, (-(-num_rows // TILE) * TILE, -(-num_cols // a_word) * a_word))
+    words_IJU = _tiles(x_NK.view(np.uint32))
     data = words_IJU.view(x_NK.dtype)
     return {"data": data if a_word == 1 else data.reshape(*words_IJU.shape, a_word)}
 
 
-def pack_quantised(tensor: QuantTensor) -> dict[str, Array]:
+def pack_quantised(layout: LayoutName, tensor: QuantTensor) -> dict[str, Array]:
     """Arrays of `array_specs` for rows of a quantised matrix."""
+    check_holds(layout, tensor.format)
     if packer := find_packer():
         return _pack_natively(tensor, packer)
     fmt = tensor.format
@@ -111,7 +136,7 @@ def pack_quantised(tensor: QuantTensor) -> dict[str, Array]:
 
 def _pack_natively(tensor: QuantTensor, packer: Packer) -> dict[str, Array]:
     fmt = tensor.format
-    specs = array_specs(fmt, *tensor.q_NK.shape)
+    specs = array_specs("tiles", fmt, *tensor.q_NK.shape)
     arrays = {suffix: np.empty(shape, dtype) for suffix, (dtype, shape) in specs.items()}
     packer.pack_integers(tensor.q_NK, fmt.bits, fmt.has_min, arrays["q"])
     packer.pack_scales(tensor.scale_NG, arrays["scale"])
@@ -120,17 +145,22 @@ def _pack_natively(tensor: QuantTensor, packer: Packer) -> dict[str, Array]:
     return arrays
 
 
-def unpack_dense(arrays: dict[str, Array], num_rows: int, num_cols: int) -> Array:
+def unpack_dense(
+    layout: LayoutName, arrays: dict[str, Array], num_rows: int, num_cols: int
+) -> Array:
     """Inverse of `pack_dense`."""
     data = arrays["data"]
+    if layout == "rows":
+        return data[:num_rows, :num_cols]
     words_IJU = data.reshape(*data.shape[:2], -1).view(np.uint32)
     return _rows(words_IJU).view(data.dtype)[:num_rows, :num_cols]
 
 
 def unpack_quantised(
-    arrays: dict[str, Array], fmt: Format, num_rows: int, num_cols: int
+    layout: LayoutName, arrays: dict[str, Array], fmt: Format, num_rows: int, num_cols: int
 ) -> QuantTensor:
     """Inverse of `pack_quantised`."""
+    check_holds(layout, fmt)
     q = arrays["q"]
     bytes_NK = _rows(q.reshape(*q.shape[:2], -1).view(np.uint32)).view(np.uint8)
     if fmt.bits == 4:
@@ -146,11 +176,28 @@ def unpack_quantised(
     )
 
 
-def to_dense(arrays: dict[str, Array], fmt: Format, num_rows: int, num_cols: int) -> Array:
+def to_dense(
+    layout: LayoutName, arrays: dict[str, Array], fmt: Format, num_rows: int, num_cols: int
+) -> Array:
     """float32 [N, K]: the values that the stored arrays stand for."""
     if fmt.is_dense:
-        return to_float32(unpack_dense(arrays, num_rows, num_cols))
-    return unpack_quantised(arrays, fmt, num_rows, num_cols).dequantize()
+        return to_float32(unpack_dense(layout, arrays, num_rows, num_cols))
+    return unpack_quantised(layout, arrays, fmt, num_rows, num_cols).dequantize()
+
+
+def _rows_shape(num_rows: int, num_cols: int) -> tuple[int, int]:
+    """[Np, Kp] of layout `rows`."""
+    num_blocks = -(-num_cols // ROW_COLS_MULTIPLE)
+    return -(-num_rows // TILE) * TILE, num_blocks * ROW_COLS_MULTIPLE
+
+
+def _padded(x_NK: Array, shape: tuple[int, int]) -> Array:
+    """The matrix with zeros up to `shape`, contiguous; itself where that changes nothing."""
+    if x_NK.shape == shape:
+        return np.ascontiguousarray(x_NK)
+    padded_NK = np.zeros(shape, x_NK.dtype)
+    padded_NK[: x_NK.shape[0], : x_NK.shape[1]] = x_NK
+    return padded_NK
 
 
 def _padded_cols(num_cols: int) -> int:

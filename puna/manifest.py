@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from puna.engine import CONFIG_FILE, TOKENIZER_DIR
+from puna.engine import CONFIG_FILE, KERNELS_DIR, TOKENIZER_DIR
 from puna.errors import EngineError
 from puna.huge_pages import populate
 from puna.rank_file import rank_file_name
@@ -181,6 +181,8 @@ def is_rank_file(path: str) -> bool:
 
 def _unlisted(engine_dir: Path, listed: set[str]) -> list[str]:
     """Files that a reader might pick up although the manifest does not know them."""
-    candidates = [*engine_dir.glob("rank*.safetensors"), *(engine_dir / TOKENIZER_DIR).rglob("*")]
+    candidates = list(engine_dir.glob("rank*.safetensors"))
+    for folder in (TOKENIZER_DIR, KERNELS_DIR):
+        candidates += (engine_dir / folder).rglob("*")
     names = (path.relative_to(engine_dir).as_posix() for path in candidates if path.is_file())
     return sorted(name for name in names if name not in listed)

@@ -4,7 +4,8 @@ Every array that a session allocates is named here with its dtype and shape; the
 table that the session allocates from, so the two cannot differ.
 
 What a session allocates depends on its device: "cpu" computes with the weights as they are mapped,
-"reference" with a float32 copy of them. A build plans for "cpu".
+"cuda" with the rank's file as it is, both with scratch arrays of their own; "reference" with a
+float32 copy of the weights. A build plans for the device that its target is for.
 
 Shape suffixes: T tokens in the step, S sequences, L rows wanted as logits, D hidden, H query heads
 on this rank, K KV heads on this rank, E head_dim, Q = H * E, X = 2 * K * E, F ffn on this rank, V
@@ -20,13 +21,15 @@ from typing import Literal
 
 import numpy as np
 
+from puna.cuda_memory import cuda_specs
 from puna.engine import EngineConfig, RankMemory
 from puna.layout import COLS_MULTIPLE, ArraySpec
 from puna.quant import KV_DTYPES
 from puna.rank_file import rank_file, rank_weights
+from puna.targets import TARGETS
 from puna.weights import extent
 
-Device = Literal["cpu", "reference"]
+Device = Literal["cpu", "reference", "cuda"]
 
 FLOAT32 = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
@@ -39,7 +42,8 @@ CONTEXT_PART = 128
 
 def kv_cache_specs(config: EngineConfig, rank: int, num_blocks: int) -> dict[str, ArraySpec]:
     """The KV cache of a rank: `kv_cache` [layers here, 2 (K, V), N, K, P, E] in kv_dtype, in which
-    the keys of a block and KV head lie as [E, P]; for int8 `kv_scales` without the last axis."""
+    the keys of a block and KV head lie as [E, P], except on a GPU; for int8 `kv_scales` without the
+    last axis."""
     spec, mapping = config.spec, config.mapping(rank)
     num_kv_heads = extent("kv_heads", spec.kv_size, spec, mapping).size // spec.head_dim
     num_layers = len(mapping.layers(spec.num_layers))
@@ -55,8 +59,13 @@ def kv_block_bytes(config: EngineConfig, rank: int) -> int:
 
 def workspace_specs(config: EngineConfig, rank: int, device: Device) -> dict[str, ArraySpec]:
     """Everything a session allocates beside the mapped weights and the KV cache."""
-    own = _cpu_specs if device == "cpu" else _reference_specs
+    own = {"cpu": _cpu_specs, "reference": _reference_specs, "cuda": cuda_specs}[device]
     return {**_step_specs(config, rank), **_rank_specs(config, rank), **own(config, rank)}
+
+
+def planned_device(config: EngineConfig) -> Device:
+    """The device that the engine's memory was planned for, by its target."""
+    return "cuda" if TARGETS[config.target].is_gpu else "cpu"
 
 
 def num_lanes(config: EngineConfig) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from puna.engine import CONFIG_FILE, TOKENIZER_DIR
+from puna.engine import CONFIG_FILE, KERNELS_DIR, TOKENIZER_DIR
 from puna.errors import ConfigError
 from puna.manifest import MANIFEST_FILE, is_rank_file
 
@@ -48,7 +48,7 @@ def _why_kept(out: Path) -> str | None:
         return "is a file"
     if not is_engine(out):
         return "is not a puna engine"
-    own = (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_DIR, "kernels")
+    own = (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_DIR, KERNELS_DIR)
     others = sorted(p.name for p in out.iterdir() if p.name not in own and not is_rank_file(p.name))
     return f"holds {others[0]}, which is no part of an engine" if others else None
 

@@ -24,9 +24,10 @@ from puna.engine import (
 )
 from puna.errors import ConfigError
 from puna.mapping import check_parallel
-from puna.memory import rank_memory
+from puna.memory import human_bytes, kv_block_bytes, planned_device, rank_memory
 from puna.quant import DTYPES, KV_DTYPES, Format
 from puna.spec import GenerationDefaults, ModelSpec
+from puna.targets import TARGETS, Target
 from puna.weights import checkpoint_weights, engine_weights
 
 Quant = Literal["auto", "none", "int8", "int4"]
@@ -34,11 +35,16 @@ Resolved = dict[str, tuple[Any, str]]
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_NUM_TOKENS = 512
+# A GPU reads the weights once for all sequences of a step, and has the room for more of them.
+GPU_BATCH_SIZE = 64
+GPU_NUM_TOKENS = 2048
 DEFAULT_INT4_GROUP = 128
-BLOCK_SIZE = 16
 # KV cache by default: one long sequence, and this many tokens for each of the others.
 LONG_SEQUENCE = 32768
 TOKENS_A_SEQUENCE = 1024
+# But on a GPU, whose memory is not known when its target is named, no more bytes than the weights
+# take, or these, so that an engine runs where its weights fit twice.
+GPU_KV_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -91,19 +97,29 @@ class CheckpointFacts:
     dummy: DummyRecipe | None = None
 
 
-def plan(facts: CheckpointFacts, config: BuildConfig) -> EngineConfig:
-    """Resolve every choice. Raises ConfigError for what contradicts the model or this version."""
+def plan(
+    facts: CheckpointFacts,
+    config: BuildConfig,
+    auto_target: tuple[str, str] = ("cpu", "no GPU was looked for"),
+) -> EngineConfig:
+    """Resolve every choice. `auto_target` is what target "auto" means on this machine, and why.
+
+    Raises ConfigError for what contradicts the model, the target or this version.
+    """
     spec = facts.spec
     check_parallel(spec, config.tp_size, config.pp_size)
-    resolved: Resolved = {"target": _target(config)}
-    resolved["dtype"] = _dtype(facts, config)
+    resolved: Resolved = {"target": _target(config, auto_target)}
+    target = TARGETS[resolved["target"][0]]
+    _check_target(config, target)
+    resolved["dtype"] = _dtype(facts, config, target)
     dtype: str = resolved["dtype"][0]
-    weights = _weight_formats(facts, config, dtype)
-    resolved["quant"] = _quant(facts, config, weights)
-    resolved["kv_dtype"] = _kv_dtype(config, dtype, weights)
+    weights = _weight_formats(facts, config, dtype, target)
+    resolved["quant"] = _quant(facts, config, weights, target)
+    resolved["kv_dtype"] = _kv_dtype(config, dtype, weights, target)
     resolved["ffn_multiple"] = _ffn_multiple(config, weights)
-    _check_groups(facts, config)
-    limits = _limits(spec, config, resolved)
+    if target.has_quantised:
+        _check_groups(facts, config)
+    limits = _limits(spec, config, target, resolved)
     planned = EngineConfig(
         format_version=FORMAT_VERSION,
         spec=spec,
@@ -116,39 +132,72 @@ def plan(facts: CheckpointFacts, config: BuildConfig) -> EngineConfig:
         ffn_multiple=resolved["ffn_multiple"][0],
         vocab_multiple=1,
         limits=limits,
-        weights={name: StoredWeight(fmt.name, "tiles") for name, fmt in weights.items()},
+        weights={name: StoredWeight(fmt.name, target.layout) for name, fmt in weights.items()},
         memory=(),
         resolved=resolved,
         generation=facts.generation,
         dummy=facts.dummy,
         provenance=facts.provenance,
     )
-    memory = tuple(rank_memory(planned, rank, "cpu") for rank in range(planned.world_size))
+    planned = _with_kv_cache(planned, target)
+    device = planned_device(planned)
+    memory = tuple(rank_memory(planned, rank, device) for rank in range(planned.world_size))
     return replace(planned, memory=memory)
 
 
-def _target(config: BuildConfig) -> tuple[str, str]:
+def _target(config: BuildConfig, auto_target: tuple[str, str]) -> tuple[str, str]:
     if config.target == "auto":
-        return "cpu", "the only target of this version"
-    if config.target != "cpu":
+        return auto_target
+    if config.target not in TARGETS:
         raise ConfigError(
-            f"target {config.target!r} is not built by this version of puna, which has: cpu"
+            f"target {config.target!r} is not built by this version of puna: use one of auto, "
+            f"{', '.join(TARGETS)}"
         )
-    return "cpu", "as asked"
+    return config.target, "as asked"
 
 
-def _dtype(facts: CheckpointFacts, config: BuildConfig) -> tuple[str, str]:
+def _check_target(config: BuildConfig, target: Target) -> None:
+    """Refuse what was asked for and the target does not have."""
+    for option, asked, legal in (
+        ("dtype", config.dtype, ("auto", *target.dtypes)),
+        ("kv-dtype", config.kv_dtype, ("auto", *target.kv_dtypes)),
+        ("quant", config.quant, get_args(Quant) if target.has_quantised else ("auto", "none")),
+    ):
+        if asked not in legal:
+            other = " (or --target cpu)" if target.is_gpu and asked != "fp8" else ""
+            raise ConfigError(
+                f"{option} {asked} is not available on target {target.name} in this version: use "
+                f"{', '.join(legal[:-1])} or {legal[-1]}{other}"
+            )
+    if not target.has_ranks and config.tp_size * config.pp_size > 1:
+        raise ConfigError(
+            f"tp {config.tp_size} and pp {config.pp_size}: several ranks are not available on "
+            f"target {target.name} in this version: leave --tp and --pp at 1 (or --target cpu)"
+        )
+
+
+def _dtype(facts: CheckpointFacts, config: BuildConfig, target: Target) -> tuple[str, str]:
     if config.dtype != "auto":
         return config.dtype, "as asked"
     counts = Counter(fmt.dtype for fmt in facts.formats.values() if fmt.is_dense)
     kept = [fmt for fmt in facts.formats.values() if not fmt.is_dense]
     if counts and not kept:
-        return counts.most_common(1)[0][0], "what the checkpoint holds"
+        found = counts.most_common(1)[0][0]
+        if found in target.dtypes:
+            return found, "what the checkpoint holds"
+        return "float16", (
+            f"the checkpoint holds {found}, which target {target.name} does not have; float16 is "
+            "the finest half precision"
+        )
     return "float16", "the checkpoint is quantised; float16 is the finest half precision"
 
 
-def _weight_formats(facts: CheckpointFacts, config: BuildConfig, dtype: str) -> dict[str, Format]:
+def _weight_formats(
+    facts: CheckpointFacts, config: BuildConfig, dtype: str, target: Target
+) -> dict[str, Format]:
     """Format of every stored tensor."""
+    if not target.has_quantised:
+        config = replace(config, quant="none")
     return {
         weight.name: _matrix_format(weight.name, facts, config, dtype)
         if weight.is_matrix
@@ -172,8 +221,14 @@ def _matrix_format(name: str, facts: CheckpointFacts, config: BuildConfig, dtype
 
 
 def _quant(
-    facts: CheckpointFacts, config: BuildConfig, weights: dict[str, Format]
+    facts: CheckpointFacts, config: BuildConfig, weights: dict[str, Format], target: Target
 ) -> tuple[str, str]:
+    quantised = sorted({fmt.name for fmt in facts.formats.values() if not fmt.is_dense})
+    if config.quant == "auto" and quantised and not target.has_quantised:
+        return "none", (
+            f"the checkpoint's {', '.join(quantised)} are dequantised: target {target.name} has no "
+            "quantised weights in this version"
+        )
     counts: Counter[str] = Counter()
     for weight in checkpoint_weights(facts.spec):
         if weight.is_matrix:
@@ -187,15 +242,18 @@ def _quant(
     return label, f"as asked: {shares}"
 
 
-def _kv_dtype(config: BuildConfig, dtype: str, weights: dict[str, Format]) -> tuple[str, str]:
-    if config.kv_dtype == "fp8":
+def _kv_dtype(
+    config: BuildConfig, dtype: str, weights: dict[str, Format], target: Target
+) -> tuple[str, str]:
+    if target.is_gpu and config.kv_dtype not in ("auto", dtype):
         raise ConfigError(
-            "kv-dtype fp8 is not available on target cpu in this version: use auto or int8"
+            f"kv-dtype {config.kv_dtype} beside dtype {dtype} is not available on target "
+            f"{target.name} in this version: use auto, or the same --dtype (or --target cpu)"
         )
     if config.kv_dtype != "auto":
         return config.kv_dtype, "as asked"
-    if dtype == "float32":
-        return "float32", "the same as dtype"
+    if target.is_gpu or dtype == "float32":
+        return dtype, "the same as dtype"
     # Not beside weights that are rounded here: what is left of the accuracy is worth more than a
     # few per cent of the speed (WikiText-2 perplexity of SmolLM2 in int8: 0.55 % up with bfloat16,
     # 0.37 % with float16).
@@ -232,8 +290,8 @@ def _check_groups(facts: CheckpointFacts, config: BuildConfig) -> None:
             )
 
 
-def _limits(spec: ModelSpec, config: BuildConfig, resolved: Resolved) -> Limits:
-    """Also records each limit in `resolved`."""
+def _limits(spec: ModelSpec, config: BuildConfig, target: Target, resolved: Resolved) -> Limits:
+    """All but the number of KV blocks. Also records each limit in `resolved`."""
 
     def choose(name: str, asked: int | None, default: int, why: str) -> int:
         resolved[name] = (asked, "as asked") if asked is not None else (default, why)
@@ -243,23 +301,41 @@ def _limits(spec: ModelSpec, config: BuildConfig, resolved: Resolved) -> Limits:
     max_seq_len = choose(
         "max_seq_len", config.max_seq_len, positions, "the model's max_position_embeddings"
     )
-    batch = choose("max_batch_size", config.max_batch_size, DEFAULT_BATCH_SIZE, "default")
-    num_tokens = choose(
-        "max_num_tokens", config.max_num_tokens, max(DEFAULT_NUM_TOKENS, batch), "default"
-    )
+    why = "default of a GPU" if target.is_gpu else "default"
+    usual = GPU_BATCH_SIZE if target.is_gpu else DEFAULT_BATCH_SIZE
+    batch = choose("max_batch_size", config.max_batch_size, usual, why)
+    usual = GPU_NUM_TOKENS if target.is_gpu else DEFAULT_NUM_TOKENS
+    num_tokens = choose("max_num_tokens", config.max_num_tokens, max(usual, batch), why)
     if num_tokens < batch:
         raise ConfigError(
             f"max_num_tokens {num_tokens} is below max_batch_size {batch}: a step must have room "
             "for one token of each sequence"
         )
-    tokens = [min(max_seq_len, LONG_SEQUENCE)] + [min(max_seq_len, TOKENS_A_SEQUENCE)] * (batch - 1)
-    num_blocks = 1 + sum(-(-n // BLOCK_SIZE) for n in tokens)
-    resolved["kv_cache_tokens"] = (
-        (num_blocks - 1) * BLOCK_SIZE,
-        f"one sequence of {tokens[0]:,} tokens and {batch - 1} of {min(tokens):,}; change it when "
-        "the engine is run",
+    return Limits(max_seq_len, batch, num_tokens, target.block_size, 1)
+
+
+def _with_kv_cache(planned: EngineConfig, target: Target) -> EngineConfig:
+    """The engine with a KV cache; how large it is, is also recorded in `resolved`."""
+    limits = planned.limits
+    size, batch, longest = limits.block_size, limits.max_batch_size, limits.max_seq_len
+    tokens = [min(longest, LONG_SEQUENCE)] + [min(longest, TOKENS_A_SEQUENCE)] * (batch - 1)
+    first, *others = (-(-n // size) for n in tokens)
+    num_blocks = first + sum(others)
+    why = f"one sequence of {tokens[0]:,} tokens and {batch - 1} of {min(tokens):,}"
+    if target.is_gpu:
+        room = max(rank_memory(planned, 0, "cuda").weights, GPU_KV_BYTES)
+        most = room // kv_block_bytes(planned, 0)
+        if num_blocks > max(most, first):
+            num_blocks = max(most, first)
+            why = f"one sequence of {tokens[0]:,} tokens"
+            if first < most:
+                why = f"what {human_bytes(room)} hold, the larger of the weights and 4 GiB"
+    why += "; change it when the engine is run"
+    return replace(
+        planned,
+        limits=replace(limits, num_blocks=1 + num_blocks),
+        resolved={**planned.resolved, "kv_cache_tokens": (num_blocks * size, why)},
     )
-    return Limits(max_seq_len, batch, num_tokens, BLOCK_SIZE, num_blocks)
 
 
 def warnings(config: EngineConfig) -> list[str]:
@@ -271,4 +347,7 @@ def warnings(config: EngineConfig) -> list[str]:
             f"max_seq_len {config.limits.max_seq_len} exceeds the model's {positions} positions; "
             "text beyond them may be poor"
         )
+    quant, reason = config.resolved.get("quant", ("", ""))
+    if quant == "none" and "are dequantised" in reason:
+        found.append(reason)
     return found

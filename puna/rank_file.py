@@ -16,13 +16,13 @@ import numpy as np
 
 from puna.engine import CONFIG_FILE, EngineConfig
 from puna.errors import EngineError
-from puna.layout import ArraySpec, array_specs
+from puna.layout import ArraySpec, LayoutName, array_specs, check_layout
 from puna.quant import DTYPES, Format
 from puna.weights import EngineWeight, Extent, engine_weights, extent, on_rank
 
-# Every array starts at a multiple of this many bytes of its file, so that a memory map can be read
-# with aligned vector loads.
-ALIGNMENT = 64
+# Every array starts at a multiple of this many bytes of its file: a memory map can be read with
+# aligned vector loads, and a copy on a GPU in whole cache lines.
+ALIGNMENT = 128
 
 _SAFETENSORS_DTYPES = MappingProxyType(
     {
@@ -41,7 +41,7 @@ class RankWeight:
 
     weight: EngineWeight
     format: Format
-    layout: str
+    layout: LayoutName
     rows: tuple[Extent, ...]  # one a part, in this order; a matrix has one
     cols: Extent
 
@@ -65,7 +65,7 @@ class RankWeight:
         """Stored arrays by full name. Vectors are one float32 array."""
         if not self.weight.is_matrix:
             return {self.name: (np.dtype(np.float32), self.shape)}
-        specs = array_specs(self.format, self.num_rows, self.num_cols)
+        specs = array_specs(self.layout, self.format, self.num_rows, self.num_cols)
         return {f"{self.name}.{suffix}": spec for suffix, spec in specs.items()}
 
 
@@ -88,7 +88,8 @@ def _rank_weights(config: EngineConfig, rank: int) -> Iterator[RankWeight]:
         rows = tuple(held(part.axes[0], part.shape[0]) for part in weight.parts)
         first = weight.parts[0]
         cols = held(first.axes[1], first.shape[1]) if weight.is_matrix else Extent(0, 1, 1)
-        yield RankWeight(weight, Format.parse(stored.format), stored.layout, rows, cols)
+        fmt, layout = Format.parse(stored.format), check_layout(stored.layout)
+        yield RankWeight(weight, fmt, layout, rows, cols)
 
 
 def rank_file_name(rank: int) -> str:

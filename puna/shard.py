@@ -33,9 +33,9 @@ class WeightSource(Protocol):
 def rank_rows(weight: RankWeight, source: WeightSource) -> Iterator[tuple[int, dict[str, Array]]]:
     """Yield (first, stored arrays by full name) until every row of the rank's tensor is given.
 
-    `first` is where the arrays belong on the first axis of the stored ones, which counts tiles of
-    a matrix and numbers of a vector. Raises CheckpointError for values that are not finite or do
-    not fit the stored dtype.
+    `first` is where the arrays belong on the first axis of the stored ones, which counts what the
+    layout of a matrix says, and numbers of a vector. Raises CheckpointError for values that are
+    not finite or do not fit the stored dtype.
     """
     first = 0
     for part, rows in zip(weight.weight.parts, weight.rows, strict=True):
@@ -70,11 +70,12 @@ def _matrix_rows(
         for values in (kept.scale_NG, kept.min_NG):
             if values is not None:
                 _finite(name, values)
-        return pack_quantised(_pad_quantised(kept, rows.size, cols.size))
+        return pack_quantised(weight.layout, _pad_quantised(kept, rows.size, cols.size))
     x_NK = _finite(name, source.load(name, rows.source, cols.source))
     if fmt.is_dense:
-        return pack_dense(_pad(_cast(name, x_NK, fmt), rows.size, cols.size))
-    return pack_quantised(quantize(_pad(to_float32(x_NK), rows.size, cols.size), fmt))
+        return pack_dense(weight.layout, _pad(_cast(name, x_NK, fmt), rows.size, cols.size))
+    padded_NK = _pad(to_float32(x_NK), rows.size, cols.size)
+    return pack_quantised(weight.layout, quantize(padded_NK, fmt))
 
 
 def _finite(name: str, x: Array) -> Array:

@@ -8,14 +8,23 @@ import os
 # made a 1,024-token step five times slower (2 cores, OpenBLAS 0.3.31, 2026-11).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import puna.builder
 from puna.errors import PunaError
 from puna.native.library import find_library, why_missing
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_unless_asked() -> Iterator[None]:
+    """Target auto is cpu in the tests, on a machine with a GPU too: they say what they build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(puna.builder, "auto_target", lambda: ("cpu", "a test"))
+        yield
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu"])

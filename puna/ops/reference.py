@@ -21,7 +21,7 @@ import numpy as np
 
 from puna.batch import ForwardBatch
 from puna.layout import TILE as WEIGHT_TILE
-from puna.layout import to_dense
+from puna.layout import LayoutName, axis_rows, to_dense
 from puna.ops import LayerCache, Linear, Norm, Program, Reduce, RopeTable, Stream
 from puna.ops.kv_blocks import copy_blocks
 from puna.quant import Array, Format, to_float32
@@ -58,12 +58,19 @@ class ReferenceProgram:
 class ReferenceOps:
     """NumPy operations; weights are float32 matrices [N, K], unpacked when loaded.
 
-    `reduce` sums over tensor-parallel ranks (None: there is one).
+    `reduce` sums over tensor-parallel ranks (None: there is one); `layout` is how the engine's
+    matrices are stored.
     """
 
-    def __init__(self, threads: int | None = None, reduce: Reduce | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        reduce: Reduce | None = None,
+        layout: LayoutName = "tiles",
+    ) -> None:
         self._threads = threads
         self._reduce = reduce
+        self._layout: LayoutName = layout
         self.threads = threads or os.cpu_count() or 1
         self._calls: list[Callable[[], None]] | None = None
 
@@ -77,11 +84,13 @@ class ReferenceOps:
         assert out_NK is not None and out_NK.shape == shape
         num_rows, num_cols = shape
         fmt = Format.parse(format_name)
-        step = max(1, 2**20 // num_cols // WEIGHT_TILE)
-        for first in range(0, -(-num_rows // WEIGHT_TILE), step):
-            tiles = {suffix: array[first : first + step] for suffix, array in arrays.items()}
-            out_RK = out_NK[first * WEIGHT_TILE : (first + step) * WEIGHT_TILE]
-            out_RK[:] = to_dense(tiles, fmt, len(out_RK), num_cols)
+        step = max(1, 2**20 // num_cols // WEIGHT_TILE) * WEIGHT_TILE
+        unit = axis_rows(self._layout)
+        for first in range(0, num_rows, step):
+            stored = slice(first // unit, (first + step) // unit)
+            part = {suffix: array[stored] for suffix, array in arrays.items()}
+            out_RK = out_NK[first : first + step]
+            out_RK[:] = to_dense(self._layout, part, fmt, len(out_RK), num_cols)
         return out_NK
 
     def record(self, emit: Callable[[], None]) -> Program:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from puna.cpu.ops import CpuOps, instruction_sets
 from puna.engine import EngineConfig
 from puna.errors import EngineError
+from puna.layout import LayoutName
 from puna.memory import Device
 from puna.native.library import find_library, why_missing
 from puna.ops import Reduce
 from puna.ops.reference import ReferenceOps
 from puna.quant import Array
+from puna.targets import TARGETS
 
 DEVICES = ("auto", "cpu", "reference")
 
@@ -26,14 +28,16 @@ class Choice:
     device: Device
     instruction_set: str | None = None  # None: the best
     notice: str = ""
+    layout: LayoutName = "tiles"  # how the engine's matrices are stored
 
 
 def choose_device(device: str, config: EngineConfig) -> Choice:
     """`device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2")."""
-    if config.target != "cpu":
+    target = TARGETS.get(config.target)
+    if target is None:
         raise EngineError(
-            f"the engine was built for {config.target}, this version of puna runs cpu engines: "
-            "build it again with --target cpu"
+            f"the engine was built for {config.target}, this version of puna runs engines for "
+            f"{', '.join(TARGETS)}: build it again with one of these as --target"
         )
     name, colon, instruction_set = device.partition(":")
     if name not in DEVICES or (colon and (name != "cpu" or not instruction_set)):
@@ -41,7 +45,12 @@ def choose_device(device: str, config: EngineConfig) -> Choice:
             f"device {device!r} is not in this version of puna: use one of {', '.join(DEVICES)}"
         )
     if name == "reference":
-        return Choice("reference")
+        return Choice("reference", layout=target.layout)
+    if target.is_gpu:
+        raise EngineError(
+            f"the engine was built for {target.name}, which device {name} does not run: use "
+            "--device reference (slow), or build it again with --target cpu"
+        )
     library = find_library()
     if library is not None:
         usable = instruction_sets(library)
@@ -62,7 +71,7 @@ def make_ops(
     """The chosen backend over a session's workspace; `reduce` sums over ranks, where there are
     several."""
     if chosen.device == "reference":
-        return ReferenceOps(threads, reduce)
+        return ReferenceOps(threads, reduce, chosen.layout)
     library = find_library()
     assert library is not None, "chosen without a library"
     return CpuOps(library, arrays, threads, chosen.instruction_set, reduce)

@@ -51,15 +51,20 @@ ENGINE_DAMAGE = {
     "unknown key": (lambda e: change_config(e, colour=3), "unknown keys colour: rebuild"),
     "newer": (
         lambda e: change_config(e, format_version=99, colour=3),
-        "engine format 99 found, this puna reads format 2: rebuild the engine",
+        "engine format 99 found, this puna reads format 3: rebuild the engine",
     ),
     "other target": (
+        lambda e: change_config(e, target="sm_70"),
+        "was built for sm_70, this version of puna runs engines for cpu, sm_80, sm_86, sm_89, "
+        "sm_90, sm_100, sm_120: build it again",
+    ),
+    "layout of another target": (
         lambda e: change_config(e, target="sm_90"),
-        "was built for sm_90, this version of puna runs cpu engines: build it again",
+        "lies in tiles, target sm_90 needs rows: rebuild the engine",
     ),
     "unknown layout": (
-        lambda e: change_config(e, weights={"embed.weight": {"format": "int8", "layout": "rows"}}),
-        "layout 'rows' is unknown; this version of puna reads tiles: rebuild the engine",
+        lambda e: change_config(e, weights={"embed.weight": {"format": "int8", "layout": "cols"}}),
+        "layout 'cols' is unknown; this version of puna reads tiles, rows: rebuild the engine",
     ),
     "unknown format": (
         lambda e: change_config(e, weights={"embed.weight": {"format": "int9", "layout": "tiles"}}),

@@ -66,11 +66,11 @@ def stored_values(stored: Tensors, weight: Any) -> np.ndarray:
     prefix = f"{weight.name}."
     arrays = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
     if weight.format.is_dense:
-        x_NK = unpack_dense(arrays, *weight.shape)
-        values_NK, again = to_float32(x_NK), pack_dense(x_NK)
+        x_NK = unpack_dense(weight.layout, arrays, *weight.shape)
+        values_NK, again = to_float32(x_NK), pack_dense(weight.layout, x_NK)
     else:
-        tensor = unpack_quantised(arrays, weight.format, *weight.shape)
-        values_NK, again = tensor.dequantize(), pack_quantised(tensor)
+        tensor = unpack_quantised(weight.layout, arrays, weight.format, *weight.shape)
+        values_NK, again = tensor.dequantize(), pack_quantised(weight.layout, tensor)
     for suffix, array in arrays.items():  # what lies beyond the matrix is zero as well
         assert np.array_equal(array, again[suffix]), f"{prefix}{suffix}: padding of tiles"
     return values_NK
@@ -225,7 +225,7 @@ def check_integers(engine: Path, checkpoint: Path) -> None:
             continue
         prefix = f"{weight.name}."
         arrays = {n.removeprefix(prefix): stored[n] for n in stored if n.startswith(prefix)}
-        unpacked = unpack_quantised(arrays, weight.format, *weight.shape)
+        unpacked = unpack_quantised(weight.layout, arrays, weight.format, *weight.shape)
         assert_same_blocks(unpacked, opened.load_quantized(weight.name))
 
 

@@ -77,19 +77,21 @@ def packing() -> None:
         x_NK = rng.standard_normal((num_rows, num_cols)).astype(np.float32)
         x_NK[0, -1] = 0
         for dtype in DTYPES:
-            arrays = pack_dense(x_NK.astype(DTYPES[dtype]))
-            _check_specs(arrays, array_specs(Format.dense(dtype), num_rows, num_cols))
+            arrays = pack_dense("tiles", x_NK.astype(DTYPES[dtype]))
+            _check_specs(arrays, array_specs("tiles", Format.dense(dtype), num_rows, num_cols))
         for name in ("int8", "int8-g16", "int8-g48", "int8-g32-f32", "int4-g32", "int4-g128"):
             fmt = Format.parse(name)
-            arrays = pack_quantised(quantize(x_NK, fmt))
-            _check_specs(arrays, array_specs(fmt, num_rows, num_cols))
+            arrays = pack_quantised("tiles", quantize(x_NK, fmt))
+            _check_specs(arrays, array_specs("tiles", fmt, num_rows, num_cols))
         for name in ("int8-g32-min", "int4-g32-min", "int4-g16-min-f32"):
             fmt = Format.parse(name)
             groups = (2, num_rows, fmt.num_groups(num_cols))
             scales = rng.standard_normal(groups).astype(DTYPES[fmt.scale_dtype])
             q_NK = rng.integers(0, fmt.q_range[1] + 1, (num_rows, num_cols)).astype(np.uint8)
-            arrays = pack_quantised(QuantTensor(fmt, q_NK, scales[0].copy(), scales[1].copy()))
-            _check_specs(arrays, array_specs(fmt, num_rows, num_cols))
+            arrays = pack_quantised(
+                "tiles", QuantTensor(fmt, q_NK, scales[0].copy(), scales[1].copy())
+            )
+            _check_specs(arrays, array_specs("tiles", fmt, num_rows, num_cols))
 
 
 def _check_specs(arrays, specs) -> None:

@@ -79,9 +79,9 @@ class Layer:
     ) -> tuple[dict[str, Array], tuple[int, int]]:
         x_NK, fmt = floats(rng, num_rows, num_cols), Format.parse(self.name)
         packed = (
-            pack_dense(x_NK.astype(DTYPES[fmt.dtype]))
+            pack_dense("tiles", x_NK.astype(DTYPES[fmt.dtype]))
             if fmt.is_dense
-            else pack_quantised(quantize(x_NK, fmt))
+            else pack_quantised("tiles", quantize(x_NK, fmt))
         )
         return packed, (num_rows, num_cols)
 

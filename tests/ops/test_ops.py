@@ -53,7 +53,7 @@ def load(
 
 
 def load_float32(ops: Backend, x_NK: Array) -> object:
-    return load_packed(ops, pack_dense(x_NK), "float32", x_NK.shape)
+    return load_packed(ops, pack_dense("tiles", x_NK), "float32", x_NK.shape)
 
 
 def load_packed(
@@ -345,11 +345,11 @@ def test_loaded_formats_multiply_as_their_values(
     fmt, values_NK = Format.parse(name), floats(rng, 21, num_cols)
     if fmt.is_dense:
         values_NK = values_NK.astype(DTYPES[name])
-        arrays, exact_NK = pack_dense(values_NK), values_NK.astype(np.float64)
+        arrays, exact_NK = pack_dense("tiles", values_NK), values_NK.astype(np.float64)
     else:
         tensor = quantised(values_NK, fmt)
-        arrays, exact_NK = pack_quantised(tensor), naive_dequantize(tensor)
-    specs = array_specs(fmt, 21, num_cols)
+        arrays, exact_NK = pack_quantised("tiles", tensor), naive_dequantize(tensor)
+    specs = array_specs("tiles", fmt, 21, num_cols)
     assert {key: (a.dtype, a.shape) for key, a in arrays.items()} == specs
     matrix = load_packed(ops, arrays, name, (21, num_cols))
     act_TF = floats(rng, 17, num_cols)

@@ -85,9 +85,9 @@ def test_chunks_are_whole_tiles_and_change_no_byte(
     rows: list[int] = []
     pack = puna.shard.pack_dense if quant == "none" else puna.shard.pack_quantised
 
-    def counting(x):
+    def counting(layout, x):
         rows.append(len(x if quant == "none" else x.q_NK))
-        return pack(x)
+        return pack(layout, x)
 
     monkeypatch.setattr(puna.shard, pack.__name__, counting)
     monkeypatch.setattr(puna.shard, "CHUNK_WEIGHTS", 64 * 32)

@@ -108,10 +108,10 @@ def test_missing_keys_are_refused_everywhere(config: EngineConfig) -> None:
                 EngineConfig.from_bytes(data, PATH)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", 1.5])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", 1.5])
 def test_other_versions_say_what_was_found_and_needed(config: EngineConfig, version: Any) -> None:
     data = changed(config, (), lambda inner: inner.update(format_version=version))
-    with pytest.raises(EngineError, match=r"found, this puna reads format 2: rebuild"):
+    with pytest.raises(EngineError, match=r"found, this puna reads format 3: rebuild"):
         EngineConfig.from_bytes(data, PATH)
 
 
@@ -175,7 +175,7 @@ def test_wrong_types_are_refused(at: tuple[Any, ...], config: EngineConfig, tmp_
             read_config(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"format_version": 2}'])
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"format_version": 3}'])
 def test_damaged_files_are_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(EngineError, match=r"config\.json"):
@@ -224,7 +224,7 @@ def test_the_safetensors_library_reads_the_same_arrays(
     with safe_open(path, "np") as file:
         assert file.metadata() == {
             "config_digest": config.digest(),
-            "format_version": "2",
+            "format_version": "3",
             "rank": str(rank),
         }
         names = [name for name in file.keys() if not name.startswith("_pad.")]  # noqa: SIM118

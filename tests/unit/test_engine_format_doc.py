@@ -18,6 +18,7 @@ from puna.layout import LayoutName, array_specs
 from puna.manifest import CHUNK_BYTES, FileDigest
 from puna.quant import Format
 from puna.rank_file import ALIGNMENT, rank_file
+from puna.targets import TARGETS
 from puna.tokenizer import TOKENIZER_FILES
 from puna.weights import engine_weights
 
@@ -69,15 +70,25 @@ def test_keys_named_in_a_row(key: str, kind: type) -> None:
 
 def test_files(engine: Path) -> None:
     found = {path.name + "/" * path.is_dir() for path in engine.iterdir()}
-    assert set(table("file")) == found
+    assert set(table("file")) == found | {"kernels/"}
     assert tuple(table("tokenizer file")) == TOKENIZER_FILES
 
 
 def test_layouts_and_arrays() -> None:
     assert tuple(table("layout")) == get_args(LayoutName)
     formats = ("float16", "int8", "int4-g32-min")
-    arrays = [name for text in formats for name in array_specs(Format.parse(text), 32, 64)]
+    arrays = [name for text in formats for name in array_specs("tiles", Format.parse(text), 32, 64)]
     assert table("array of `tiles`") == list(dict.fromkeys(arrays))
+    assert table("array of `rows`") == list(array_specs("rows", Format.dense("float16"), 32, 64))
+
+
+def test_targets() -> None:
+    rows = [line for line in TEXT.splitlines() if re.match(r"\| `(cpu|sm_\d+)` \|", line)]
+    assert table("target") == list(TARGETS)
+    for row, target in zip(rows, TARGETS.values(), strict=True):
+        assert row.endswith(f"| `{target.layout}` | {target.block_size} |")
+        if target.capability:
+            assert "{}.{}:".format(*target.capability) in row
 
 
 def test_formats_named() -> None:

@@ -10,6 +10,7 @@ import puna.quant
 from puna.errors import EngineError
 from puna.layout import (
     array_specs,
+    axis_rows,
     check_layout,
     pack_dense,
     pack_quantised,
@@ -60,7 +61,7 @@ def random_dense(dtype: str, num_rows: int, num_cols: int) -> Array:
 
 
 def check_specs(arrays: dict[str, Array], fmt: Format, num_rows: int, num_cols: int) -> None:
-    specs = array_specs(fmt, num_rows, num_cols)
+    specs = array_specs("tiles", fmt, num_rows, num_cols)
     assert {key: (array.dtype, array.shape) for key, array in arrays.items()} == specs
     assert list(arrays) == list(specs), "file order"
     assert all(array.flags.c_contiguous for array in arrays.values())
@@ -71,26 +72,26 @@ def check_specs(arrays: dict[str, Array], fmt: Format, num_rows: int, num_cols: 
 def test_quantised_pack_and_unpack_are_inverse(name: str, num_rows: int, num_cols: int) -> None:
     fmt = Format.parse(name)
     tensor = random_tensor(fmt, num_rows, num_cols)
-    arrays = pack_quantised(tensor)
+    arrays = pack_quantised("tiles", tensor)
     check_specs(arrays, fmt, num_rows, num_cols)
-    back = unpack_quantised(arrays, fmt, num_rows, num_cols)
+    back = unpack_quantised("tiles", arrays, fmt, num_rows, num_cols)
     assert back.q_NK.dtype == tensor.q_NK.dtype
     assert np.array_equal(back.q_NK, tensor.q_NK)
     assert np.array_equal(back.scale_NG, tensor.scale_NG)
     assert (back.min_NG is None) == (tensor.min_NG is None)
     assert back.min_NG is None or np.array_equal(back.min_NG, tensor.min_NG)
-    assert np.array_equal(to_dense(arrays, fmt, num_rows, num_cols), tensor.dequantize())
+    assert np.array_equal(to_dense("tiles", arrays, fmt, num_rows, num_cols), tensor.dequantize())
 
 
 @pytest.mark.parametrize(("num_rows", "num_cols"), SHAPES)
 @pytest.mark.parametrize("name", DTYPES)
 def test_dense_pack_and_unpack_are_inverse(name: str, num_rows: int, num_cols: int) -> None:
     x_NK = random_dense(name, num_rows, num_cols)
-    arrays = pack_dense(x_NK)
+    arrays = pack_dense("tiles", x_NK)
     check_specs(arrays, Format.dense(name), num_rows, num_cols)
-    back_NK = unpack_dense(arrays, num_rows, num_cols)
+    back_NK = unpack_dense("tiles", arrays, num_rows, num_cols)
     assert back_NK.dtype == x_NK.dtype and np.array_equal(back_NK, x_NK)
-    dense_NK = to_dense(arrays, Format.dense(name), num_rows, num_cols)
+    dense_NK = to_dense("tiles", arrays, Format.dense(name), num_rows, num_cols)
     assert dense_NK.dtype == np.float32 and np.array_equal(dense_NK, to_float32(x_NK))
 
 
@@ -141,7 +142,7 @@ def test_every_quantised_number_and_padding_lies_where_the_layout_says(
     name: str, num_rows: int, num_cols: int
 ) -> None:
     tensor = random_tensor(Format.parse(name), num_rows, num_cols)
-    arrays = pack_quantised(tensor)
+    arrays = pack_quantised("tiles", tensor)
     assert np.array_equal(arrays["q"], naive_q(tensor))
     assert np.array_equal(arrays["scale"], naive_groups(tensor.scale_NG))
     if tensor.min_NG is not None:
@@ -154,7 +155,7 @@ def test_every_dense_number_and_padding_lies_where_the_layout_says(
     name: str, num_rows: int, num_cols: int
 ) -> None:
     x_NK = random_dense(name, num_rows, num_cols)
-    assert np.array_equal(pack_dense(x_NK)["data"], naive_dense(x_NK))
+    assert np.array_equal(pack_dense("tiles", x_NK)["data"], naive_dense(x_NK))
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int4-g32-min"])
@@ -162,22 +163,67 @@ def test_tiles_are_packed_and_unpacked_in_any_number(name: str) -> None:
     fmt = Format.parse(name)
     if fmt.is_dense:
         x_NK = random_dense(name, 70, 45)
-        whole, part = pack_dense(x_NK), pack_dense(x_NK[32:64])
+        whole, part = pack_dense("tiles", x_NK), pack_dense("tiles", x_NK[32:64])
         values_NK = to_float32(x_NK)
     else:
         x = random_tensor(fmt, 70, 45)
         assert x.min_NG is not None
         rows = slice(32, 64)
-        whole = pack_quantised(x)
-        part = pack_quantised(QuantTensor(fmt, x.q_NK[rows], x.scale_NG[rows], x.min_NG[rows]))
+        whole = pack_quantised("tiles", x)
+        part = pack_quantised(
+            "tiles", QuantTensor(fmt, x.q_NK[rows], x.scale_NG[rows], x.min_NG[rows])
+        )
         values_NK = x.dequantize()
     for suffix, array in part.items():
         assert np.array_equal(whole[suffix][2:4], array)
     last = {suffix: array[3:] for suffix, array in whole.items()}
-    assert np.array_equal(to_dense(last, fmt, 22, 45), values_NK[48:])
+    assert np.array_equal(to_dense("tiles", last, fmt, 22, 45), values_NK[48:])
+
+
+@pytest.mark.parametrize(("num_rows", "num_cols"), [*SHAPES, (32, 64), (33, 128), (2, 129)])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_rows_are_the_matrix_with_zeros_to_whole_cache_lines_and_tiles(
+    name: str, num_rows: int, num_cols: int
+) -> None:
+    x_NK = random_dense(name, num_rows, num_cols)
+    arrays, fmt = pack_dense("rows", x_NK), Format.dense(name)
+    padded_NK = np.zeros((-(-num_rows // 16) * 16, -(-num_cols // 64) * 64), DTYPES[name])
+    padded_NK[:num_rows, :num_cols] = x_NK
+    assert arrays.keys() == {"data"} and arrays["data"].flags.c_contiguous
+    assert array_specs("rows", fmt, num_rows, num_cols) == {
+        "data": (padded_NK.dtype, padded_NK.shape)
+    }
+    assert arrays["data"].dtype == padded_NK.dtype
+    assert np.array_equal(arrays["data"], padded_NK)
+    assert np.array_equal(unpack_dense("rows", arrays, num_rows, num_cols), x_NK)
+    dense_NK = to_dense("rows", arrays, fmt, num_rows, num_cols)
+    assert dense_NK.dtype == np.float32 and np.array_equal(dense_NK, to_float32(x_NK))
+
+
+def test_rows_that_are_whole_already_are_not_copied() -> None:
+    x_NK = random_dense("float16", 32, 128)
+    assert pack_dense("rows", x_NK)["data"] is x_NK
+
+
+def test_tiles_of_rows_are_packed_in_any_number() -> None:
+    x_NK = random_dense("bfloat16", 70, 45)
+    whole, part = pack_dense("rows", x_NK)["data"], pack_dense("rows", x_NK[32:64])["data"]
+    unit = axis_rows("rows")
+    assert (axis_rows("tiles"), unit) == (16, 1)
+    assert np.array_equal(whole[32 // unit : 64 // unit], part)
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "int4-g32-min"])
+def test_rows_hold_halves_only(name: str) -> None:
+    fmt = Format.parse(name)
+    with pytest.raises(EngineError, match=f"float16 and bfloat16, not {name}"):
+        array_specs("rows", fmt, 16, 64)
+    if not fmt.is_dense:
+        with pytest.raises(EngineError, match=f"not {name}"):
+            pack_quantised("rows", random_tensor(fmt, 16, 64))
 
 
 def test_unknown_layouts_are_refused() -> None:
-    check_layout("tiles")
-    with pytest.raises(EngineError, match=r"rows.*rebuild"):
-        check_layout("rows")
+    assert (check_layout("tiles"), check_layout("rows")) == ("tiles", "rows")
+    with pytest.raises(EngineError, match=r"columns.*reads tiles, rows: rebuild"):
+        check_layout("columns")

@@ -68,7 +68,7 @@ def same_arrays(found: dict[str, Array], expected: dict[str, Array]) -> None:
 @pytest.mark.parametrize(("num_rows", "num_cols"), SHAPES)
 def test_dense(dtype: str, num_rows: int, num_cols: int, both: Both[dict[str, Array]]) -> None:
     x_NK = uneven(num_rows, num_cols).astype(DTYPES[dtype])
-    same_arrays(*both(lambda: pack_dense(x_NK)))
+    same_arrays(*both(lambda: pack_dense("tiles", x_NK)))
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -78,7 +78,7 @@ def test_quantising_and_packing(name: str, num_rows: int, num_cols: int, both: B
     found, expected = both(lambda: quantize(x_NK, fmt))
     same(found.q_NK, expected.q_NK)
     same(found.scale_NG, expected.scale_NG)
-    same_arrays(*both(lambda: pack_quantised(expected)))
+    same_arrays(*both(lambda: pack_quantised("tiles", expected)))
 
 
 @pytest.mark.parametrize("name", WITH_MIN)
@@ -89,7 +89,7 @@ def test_blocks_with_a_minimum(name: str, num_rows: int, num_cols: int, both: Bo
     scale_NG, min_NG = rng.standard_normal(groups).astype(DTYPES[fmt.scale_dtype])
     q_NK = rng.integers(0, fmt.q_range[1] + 1, (num_rows, num_cols)).astype(np.uint8)
     tensor = QuantTensor(fmt, q_NK, scale_NG, min_NG)
-    same_arrays(*both(lambda: pack_quantised(tensor)))
+    same_arrays(*both(lambda: pack_quantised("tiles", tensor)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +100,7 @@ def test_quantising_every_dtype_and_any_strides(dtype: str, both: Both) -> None:
             found, expected = both(lambda x=x_NK, fmt=fmt: quantize(x, fmt))
             same(found.q_NK, expected.q_NK)
             same(found.scale_NG, expected.scale_NG)
-        same_arrays(*both(lambda x=x_NK: pack_dense(x)))
+        same_arrays(*both(lambda x=x_NK: pack_dense("tiles", x)))
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g32", "int4-g128"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields, replace
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from puna.checkpoint.dummy import PRESETS
-from puna.engine import Provenance
+from puna.engine import EngineConfig, Provenance
 from puna.errors import ConfigError
+from puna.memory import planned_device, rank_memory
 from puna.plan import BuildConfig, CheckpointFacts, plan, warnings
 from puna.quant import Format
+from puna.rank_file import ALIGNMENT, rank_file
 from puna.spec import GenerationDefaults, ModelSpec
 from puna.weights import checkpoint_weights
 
@@ -182,8 +185,8 @@ def test_options_that_contradict_each_other_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "sm_90"}, "sm_90.*not built by this version"),
-        ({"kv_dtype": "fp8"}, "fp8 is not available.*use auto or int8"),
+        ({"target": "sm_70"}, "sm_70.*not built by this version.*auto, cpu, sm_80, .*sm_120"),
+        ({"kv_dtype": "fp8"}, "fp8 is not available on target cpu.*use auto, .* or int8$"),
         ({"tp_size": 3}, "use tp 1, 2, 4, 8"),
         ({"pp_size": 3}, "use pp 2 or fewer"),
         ({"max_num_tokens": 4, "max_batch_size": 8}, "max_num_tokens 4 is below"),
@@ -204,3 +207,116 @@ def test_a_longer_context_than_the_models_is_allowed_with_one_warning() -> None:
         "max_seq_len 8192 exceeds the model's 4096 positions; text beyond them may be poor",
     ]
     assert warnings(plan(facts(), BuildConfig())) == ["a note"]
+
+
+GPUS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+
+def gpu_plan(spec: ModelSpec = SPEC, fmt: str = "bfloat16", **options: Any) -> EngineConfig:
+    return plan(facts(spec, fmt), BuildConfig(**{"target": "sm_90", **options}))
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_an_engine_for_a_gpu_is_in_rows_with_a_cache_of_its_own_dtype(target: str) -> None:
+    planned = gpu_plan(target=target)
+    assert planned.target == target
+    assert {weight.layout for weight in planned.weights.values()} == {"rows"}
+    assert (planned.dtype, planned.kv_dtype, planned.quant) == ("bfloat16", "bfloat16", "none")
+    limits = planned.limits
+    assert (limits.block_size, limits.max_batch_size, limits.max_num_tokens) == (64, 64, 2048)
+    assert planned.resolved["max_batch_size"] == (64, "default of a GPU")
+    assert planned.memory[0] == rank_memory(planned, 0, "cuda")
+    assert (
+        planned_device(planned) == "cuda" and planned_device(plan(facts(), BuildConfig())) == "cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "reason"),
+    [
+        ("float16", "float16", "what the checkpoint holds"),
+        ("bfloat16", "bfloat16", "what the checkpoint holds"),
+        ("float32", "float16", "target sm_90 does not have; float16 is the finest half"),
+        ("int4-g32-min", "float16", "float16 is the finest half"),
+    ],
+)
+def test_dtype_of_an_engine_for_a_gpu(fmt: str, dtype: str, reason: str) -> None:
+    planned = gpu_plan(fmt=fmt)
+    assert planned.dtype == planned.kv_dtype == dtype and reason in planned.resolved["dtype"][1]
+    matrices = {w.format for name, w in planned.weights.items() if "norm" not in name}
+    assert matrices == {dtype}
+
+
+def test_quantised_checkpoints_are_dequantised_for_a_gpu_and_that_is_said() -> None:
+    planned = gpu_plan(fmt="int4-g32-min")
+    value, reason = planned.resolved["quant"]
+    assert value == "none" and reason.startswith("the checkpoint's int4-g32-min are dequantised")
+    assert reason in warnings(planned) and warnings(gpu_plan()) == ["a note"]
+    assert gpu_plan().resolved["quant"] == ("none", "what the checkpoint holds: 100% bfloat16")
+    asked = gpu_plan(fmt="int4-g32-min", quant="none").resolved["quant"]
+    assert asked == ("none", "as asked: 100% float16")
+    # A group size of the checkpoint's blocks binds nothing that is dequantised.
+    spec = replace(SPEC, num_heads=10, num_kv_heads=10, head_dim=18, hidden_size=180)
+    gpu_plan(spec, "int4-g32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "dtype float32 .* sm_90 .*: use auto, float16 or bfloat16 "),
+        ({"kv_dtype": "int8"}, "kv-dtype int8 .* sm_90 .*: use auto, float16 or bfloat16 "),
+        ({"kv_dtype": "fp8"}, "kv-dtype fp8 .* sm_90 .*: use auto, float16 or bfloat16$"),
+        (
+            {"kv_dtype": "float16"},
+            "kv-dtype float16 beside dtype bfloat16 .*: use auto, or the same",
+        ),
+        ({"quant": "int8"}, "quant int8 .* sm_90 .*: use auto or none "),
+        ({"quant": "int4", "group_size": 32}, "quant int4 .*: use auto or none .*--target cpu"),
+        ({"tp_size": 2}, "tp 2 and pp 1: several ranks are not .* sm_90"),
+        ({"pp_size": 2}, "tp 1 and pp 2: several ranks"),
+    ],
+)
+def test_what_a_gpu_does_not_have_yet_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gpu_plan(**options)
+
+
+def test_auto_is_the_target_that_was_found_with_its_reason() -> None:
+    found = ("sm_89", "NVIDIA L4 (compute capability 8.9)")
+    planned = plan(facts(), BuildConfig(), found)
+    assert planned.target == "sm_89" and planned.resolved["target"] == found
+    assert plan(facts(), BuildConfig(target="cpu"), found).resolved["target"] == ("cpu", "as asked")
+
+
+def test_the_kv_cache_of_a_gpu_is_no_larger_than_weights_or_4_gib() -> None:
+    """But one long sequence always fits, and where all sequences fit there is no more than that."""
+    small = gpu_plan()  # 65,536 + 4,096 tokens of 2 layers, K and V, 4 heads of 32, 2 bytes
+    assert small.resolved["kv_cache_tokens"][0] == 4096 + 63 * 1024
+    assert small.memory[0].kv_cache == (4096 + 63 * 1024 + 64) * 2 * 2 * 4 * 32 * 2
+    llama = gpu_plan(PRESETS["llama-2-7b"], "float16")
+    tokens, reason = llama.resolved["kv_cache_tokens"]
+    assert tokens == llama.memory[0].weights // (64 * 2**19) * 64  # 512 KiB a token
+    assert tokens > 64 * 256 and reason.startswith("what 13.5 GB hold, the larger")
+    assert llama.memory[0].kv_cache == (tokens + 64) * 2**19
+    one = gpu_plan(PRESETS["llama-2-7b"], "float16", max_seq_len=65536)
+    assert one.resolved["kv_cache_tokens"][0] == 32768
+    assert one.resolved["kv_cache_tokens"][1].startswith("one sequence of 32,768 tokens;")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, replace(SPEC, head_dim=18, intermediate_size=101), PRESETS["llama-3-8b"]],
+    ids=["small", "odd", "llama-3-8b"],
+)
+def test_fused_products_are_one_matrix_in_the_file_of_a_gpu(spec: ModelSpec) -> None:
+    """q, k, v and gate, up follow each other without a gap, in rows of the same length; each part
+    begins at a whole tile of rows."""
+    planned = gpu_plan(spec)
+    arrays = rank_file(planned, 0, "0" * 64).arrays
+    for layer in range(spec.num_layers):
+        for names in (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")):
+            parts = [arrays[f"layers.{layer}.{name}.weight.data"] for name in names]
+            assert all(part.offset % ALIGNMENT == 0 for part in parts)
+            for before, after in itertools.pairwise(parts):
+                assert after.offset == before.offset + before.num_bytes
+                assert after.shape[1] == before.shape[1] and before.shape[0] % 16 == 0
