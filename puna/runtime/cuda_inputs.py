@@ -26,7 +26,8 @@ _ALIGNMENT = 4  # numbers: 16 bytes
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What a program is recorded for. `num_logits` 0: the stream alone, for logits of prompts."""
+    """What a program is recorded for. `num_logits` 0: the stream alone, because more logits are
+    wanted than fit."""
 
     num_tokens: int
     num_seqs: int
@@ -67,11 +68,11 @@ class StepShapes:
         """The smallest shape that a step fits."""
         batch = step.batch
         num_tokens, num_logits = batch.num_tokens, len(batch.logits_rows_L)
-        if num_tokens == batch.num_seqs and not step.prompt_rows:
+        if num_tokens == batch.num_seqs:
             return self.decode(num_tokens)
         most_logits = 1 if num_logits <= 1 else self.most_seqs
-        if step.prompt_rows:
-            most_logits = 0  # computed apart, as many as there may be
+        if num_logits > self.most_seqs:
+            most_logits = 0  # those of a prompt's positions
         return StepShape(self._prefill[num_tokens], self.most_seqs, most_logits, False)
 
 
@@ -98,11 +99,20 @@ class InputPlaces:
     @classmethod
     def of(cls, shape: StepShape, max_blocks: int) -> InputPlaces:
         tokens, seqs, logits = shape.num_tokens, shape.num_seqs, shape.num_logits
-        places, end = [], 0
-        for size in (tokens, tokens, tokens, seqs + 1, seqs, logits, logits):
-            places.append(end)
+        sizes = {
+            "token_ids": tokens,
+            "positions": tokens,
+            "slots": tokens,
+            "query_start": seqs + 1,
+            "seq_lens": seqs,
+            "logits_rows": logits,
+            "rows": logits,
+        }
+        starts, end = {}, 0
+        for name, size in sizes.items():
+            starts[name] = end
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return cls(shape, max_blocks, *places, end)
+        return cls(shape, max_blocks, **starts, block_table=end)
 
     @property
     def num_ints(self) -> int:
@@ -159,9 +169,10 @@ class InputWriter:
             self._seq_lens_S[num_seqs:] = 0
             self._block_table_SM[num_seqs:] = 0
         if len(self._rows_L):
-            # Without logits of prompts, every one of them is sampled.
             num_logits = len(batch.logits_rows_L)
             self._logits_rows_L[:num_logits] = batch.logits_rows_L
-            self._rows_L[:num_logits] = step.rows
             self._logits_rows_L[num_logits:] = 0
-            self._rows_L[num_logits:] = -1
+            # Beside logits of prompts nothing is sampled on the GPU.
+            num_sampled = 0 if step.prompt_rows else num_logits
+            self._rows_L[:num_sampled] = step.rows[:num_sampled]
+            self._rows_L[num_sampled:] = -1

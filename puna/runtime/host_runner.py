@@ -24,8 +24,9 @@ from puna.ops import Program, Reduce
 from puna.ops.sampling import SampleResult, sample
 from puna.quant import Array
 from puna.rank_file import rank_file_name
+from puna.rope import rope_tables
 from puna.runtime.device import make_ops
-from puna.runtime.load import bind_model, generate_weights, map_weights
+from puna.runtime.load import bind_model, generate_weights, layer_caches, map_weights
 from puna.runtime.lower import LoweredStep
 from puna.runtime.request import SamplingParams
 from puna.runtime.runner import Opening, cached
@@ -50,8 +51,11 @@ class HostRunner:
             self.device_name += f":{self._ops.instruction_set}"
         self._kv = _allocate(kv_cache_specs(config, rank, opening.num_blocks))
         self._weight_bytes = opening.layout.num_bytes
+        rope = rope_tables(config.spec.rope, config.spec.head_dim, config.limits.max_seq_len)
+        self._arrays["rope_cos_PE"][:], self._arrays["rope_sin_PE"][:] = rope
+        caches = layer_caches(self._kv)
         self._model = bind_model(
-            config, rank, self._ops, stored, self._arrays, self._kv, opening.report
+            config, rank, self._ops, stored, self._arrays, caches, opening.report
         )
         self._programs: OrderedDict[tuple[int, int], tuple[ForwardBatch, Program]] = OrderedDict()
         self._heads: OrderedDict[tuple[int, int], tuple[Array, Program]] = OrderedDict()

@@ -43,6 +43,7 @@ class Opening:
     num_readers: int  # threads that check digests
     report: Callable[[int], None]  # told the bytes brought in, each twice: checked, then bound
     comm: Comm | None
+    deterministic: bool  # on a GPU: rows do not depend on their company, which costs speed
 
 
 class Runner(Protocol):

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 from puna.engine import EngineConfig, RankMemory, read_config
 from puna.errors import EngineError, LaunchError
@@ -71,17 +72,20 @@ class Session:
         max_num_tokens: int | None = None,
         threads: int | None = None,
         comm: Comm | None = None,
+        deterministic: bool = False,
         progress: LoadProgress | None = None,
     ) -> Session:
         """Check an engine and bring one rank of it into memory.
 
-        `device` is auto, reference, cpu, or cpu with an instruction set ("cpu:avx2").
-        `max_batch_size` and `max_num_tokens` may lower the engine's limits; `threads` limits those
-        that compute (None: physical cores) and those that check digests. `comm` joins the ranks of
-        an engine of several, each of which opens a session like this one. `progress` is told the
-        bytes brought in (checked or generated, then bound to the model) and their total. Raises
-        EngineError or LaunchError before anything large is allocated; a byte that differs from the
-        manifest is found before this returns.
+        `device` is auto, reference, cpu, cpu with an instruction set ("cpu:avx2"), cuda, or one of
+        several GPUs ("cuda:1"). `max_batch_size` and `max_num_tokens` may lower the engine's
+        limits; `threads` limits those that compute (None: physical cores) and those that check
+        digests. `comm` joins the ranks of an engine of several, each of which opens a session like
+        this one. `deterministic` keeps a sequence's tokens independent of its company on a GPU too,
+        which costs speed; on other devices they always are. `progress` is told the bytes brought in
+        (checked or generated, then bound to the model) and their total. Raises EngineError or
+        LaunchError before anything large is allocated; a byte that differs from the manifest is
+        found before this returns.
         """
         engine_dir = Path(engine_dir)
         if threads is not None and threads < 1:
@@ -98,7 +102,6 @@ class Session:
         chosen = choose_device(device, config)
         config = lower_limits(config, max_batch_size, max_num_tokens)
         num_blocks = num_kv_blocks(config, kv_cache_bytes)
-        check_ram(config, rank, chosen.device, num_blocks)
         layout = rank_file(config, rank, digest)
         opening = Opening(
             engine_dir=engine_dir,
@@ -112,8 +115,9 @@ class Session:
             num_readers=num_readers,
             report=_meter(layout.num_bytes, progress),
             comm=comm,
+            deterministic=deterministic,
         )
-        return cls(opening, open_host_runner(opening))
+        return cls(opening, _open_runner(opening))
 
     @property
     def memory(self) -> RankMemory:
@@ -162,14 +166,26 @@ def check_world_size(config: EngineConfig, world_size: int) -> None:
         )
 
 
+def _open_runner(opening: Opening) -> Runner:
+    if opening.chosen.device == "cuda":
+        # Here, since only this device needs torch.
+        from puna.runtime.cuda_runner import open_cuda_runner
+
+        return open_cuda_runner(opening)
+    check_ram(opening.config, opening.rank, opening.chosen.device, opening.num_blocks)
+    return open_host_runner(opening)
+
+
 def _meter(num_bytes: int, progress: LoadProgress | None) -> Callable[[int], None]:
-    """A function that adds up bytes; every byte is met twice, when checked and when unpacked."""
-    done = 0
+    """A function that adds up bytes, from any thread; every byte is met twice, when checked and
+    when bound."""
+    done, lock = 0, Lock()
 
     def report(more: int) -> None:
         nonlocal done
-        done = min(done + more, 2 * num_bytes)
-        if progress:
-            progress(done, 2 * num_bytes)
+        with lock:
+            done = min(done + more, 2 * num_bytes)
+            if progress:
+                progress(done, 2 * num_bytes)
 
     return report

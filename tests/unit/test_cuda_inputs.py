@@ -55,7 +55,16 @@ def test_shapes():
     assert shapes.of(step) == StepShape(1, 1, 1, True)
     wants = join(4, [1] * 2, [4], want_prompt_logits=True)
     step = lowering.lower(StepPlan(joined=(wants,), prefills=((4, 1),)))
-    assert shapes.of(step) == StepShape(16, 20, 0, False)
+    assert shapes.of(step) == StepShape(1, 1, 1, True)
+    assert (written(step, shapes.of(step))["rows"] == -1).all(), "sampled where the logits go"
+    wants = join(5, [1] * 30, [5], want_prompt_logits=True)
+    for num_logits in (20, 0):  # of 9 tokens, and then of more than are computed at once
+        step = lowering.lower(
+            StepPlan(
+                joined=(wants,) if num_logits else (), prefills=((5, 9 if num_logits else 21),)
+            )
+        )
+        assert shapes.of(step) == StepShape(16 if num_logits else 32, 20, num_logits, False)
 
 
 def written(step: LoweredStep, shape: StepShape) -> dict[str, np.ndarray]:
@@ -103,7 +112,7 @@ def test_a_padded_step_is_the_step_and_nothing_else(seed: int):
         "query_start": batch.query_start_S1,
         "seq_lens": batch.seq_lens_S,
         "logits_rows": batch.logits_rows_L,
-        "rows": step.rows,
+        "rows": [] if step.prompt_rows else step.rows,
     }
     for name, array in real.items():
         np.testing.assert_array_equal(found[name][: len(array)], array, name)
