@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
-from puna.auto_target import INSTALL, auto_target
+from puna.auto_target import auto_target
 from puna.checkpoint import Checkpoint, open_checkpoint
 from puna.engine import (
     CONFIG_FILE,
@@ -33,7 +33,7 @@ from puna.engine import (
 from puna.errors import CheckpointError, ConfigError, TokenizerError
 from puna.manifest import READ_BYTES, write_manifest
 from puna.memory import available_bytes, human_bytes
-from puna.nvidia import missing_compilers
+from puna.nvidia import COMPILERS, INSTALL, missing_packages
 from puna.output import check_output, finish, is_engine, workspace
 from puna.plan import BuildConfig, CheckpointFacts, plan
 from puna.rank_file import rank_file, rank_file_name
@@ -251,7 +251,7 @@ def _write_tokenizer(folder: Path, files: MappingABC[str, bytes]) -> None:
 
 
 def _check_compilers(planned: EngineConfig) -> None:
-    if TARGETS[planned.target].is_gpu and (missing := missing_compilers()):
+    if TARGETS[planned.target].is_gpu and (missing := missing_packages(COMPILERS)):
         raise ConfigError(
             f"target {planned.target} needs {', '.join(missing)} to compile its kernels, not "
             f"installed: {INSTALL}, or build for the CPU with --target cpu"

@@ -1,7 +1,8 @@
 """nvidia: what of NVIDIA is on this machine: the driver, its GPUs, and the packages of puna[cuda].
 
 Asks the driver itself (libcuda.so.1, through ctypes) and Python's package finder, and imports none
-of the packages: an answer takes milliseconds. Knows neither targets nor engines.
+of the packages: an answer takes milliseconds. Decides which versions get along. Knows neither
+targets nor engines.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ DRIVER_LIBRARY = "libcuda.so.1"
 # Module by module, how pip calls what is needed to compile kernels, and to run them.
 COMPILERS = (("triton", "triton"), ("cuda.core", "cuda-core"), ("cuda.bindings", "cuda-bindings"))
 RUNTIME = (("torch", "torch"),)
+INSTALL = 'pip install "puna[cuda]"'
+# Launches with attributes (programmatic dependent launch) came with CUDA 12.
+MIN_CUDA = (12, 0)
 
 _NO_DEVICE, _STUB_LIBRARY = 100, 34  # CUDA_ERROR_...
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
@@ -108,15 +112,44 @@ def _call(library: Any, name: str, *arguments: Any) -> None:
         raise _Refused(status, (words.value or b"unknown error").decode())
 
 
-def find_packages() -> Packages:
+def why_not(driver: Driver, packages: Packages) -> str:
+    """What keeps these packages from running on this driver's GPUs, and what mends it. Empty if
+    nothing does."""
+    if driver.problem:
+        return f"the NVIDIA driver does not start: {driver.problem}: mend it (nvidia-smi says more)"
+    if driver.cuda < MIN_CUDA:
+        return (
+            f"the NVIDIA driver runs CUDA {_dotted(driver.cuda)}, needed is {_dotted(MIN_CUDA)} or "
+            "newer: update the driver"
+        )
+    if packages.missing:
+        return f"the GPU needs {', '.join(packages.missing)}, not installed: {INSTALL}"
+    if packages.torch_cuda is None:
+        return (
+            "the GPU needs a torch with CUDA, the installed one has none: "
+            "pip install --force-reinstall torch"
+        )
+    if packages.torch_cuda[0] > driver.cuda[0]:
+        return (
+            f"torch was built for CUDA {_dotted(packages.torch_cuda)}, the NVIDIA driver runs "
+            f"{_dotted(driver.cuda)}: update the driver, install a torch for CUDA "
+            f"{driver.cuda[0]} (https://pytorch.org/get-started)"
+        )
+    return ""
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def find_packages(needed: tuple[tuple[str, str], ...] = (*COMPILERS, *RUNTIME)) -> Packages:
     """What of puna[cuda] is installed, without importing it."""
-    missing = tuple(pip for module, pip in (*COMPILERS, *RUNTIME) if not _is_installed(module))
-    return Packages(missing, _torch_cuda())
+    return Packages(missing_packages(needed), _torch_cuda())
 
 
-def missing_compilers() -> tuple[str, ...]:
-    """How pip calls what is missing to compile kernels."""
-    return tuple(pip for module, pip in COMPILERS if not _is_installed(module))
+def missing_packages(needed: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """How pip calls what is not installed of these."""
+    return tuple(pip for module, pip in needed if not _is_installed(module))
 
 
 def _is_installed(module: str) -> bool:

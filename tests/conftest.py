@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import puna.auto_target
 import puna.builder
 from puna.errors import PunaError
 from puna.native.library import find_library, why_missing
@@ -23,7 +24,8 @@ from puna.native.library import find_library, why_missing
 def cpu_unless_asked() -> Iterator[None]:
     """Target auto is cpu in the tests, on a machine with a GPU too: they say what they build."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(puna.builder, "auto_target", lambda: ("cpu", "a test"))
+        for module in (puna.auto_target, puna.builder):
+            patch.setattr(module, "auto_target", lambda: ("cpu", "a test"))
         yield
 
 

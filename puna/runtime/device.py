@@ -14,11 +14,11 @@ from puna.errors import EngineError
 from puna.layout import LayoutName
 from puna.memory import Device
 from puna.native.library import find_library, why_missing
-from puna.nvidia import Driver, Gpu, find_driver, find_packages
 from puna.ops import Reduce
 from puna.ops.reference import ReferenceOps
 from puna.quant import Array
-from puna.targets import TARGETS, Target, target_of
+from puna.runtime.gpu import find_gpu
+from puna.targets import TARGETS
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
 
@@ -50,18 +50,13 @@ def choose_device(device: str, config: EngineConfig) -> Choice:
         )
     if name == "reference":
         return Choice("reference", layout=target.layout)
-    if name == "cuda" and not target.is_gpu:
-        raise EngineError(
-            f"the engine was built for {target.name}, which device cuda does not run: leave "
-            "--device out, or build it again with --target auto on a machine with a GPU"
-        )
     if name == "cpu" and target.is_gpu:
         raise EngineError(
             f"the engine was built for {target.name}, which device cpu does not run: use "
             "--device reference (slow), or build it again with --target cpu"
         )
-    if target.is_gpu:
-        return _choose_gpu(device, which or "0", target)
+    if name == "cuda" or target.is_gpu:
+        return _choose_gpu(which, config)
     return _choose_cpu(name, which)
 
 
@@ -80,55 +75,11 @@ def _choose_cpu(name: str, instruction_set: str) -> Choice:
     return Choice("reference", notice=f"running on NumPy, which is slow: {why_missing()}")
 
 
-def _choose_gpu(device: str, which: str, target: Target) -> Choice:
-    """A GPU that runs what was built for `target`; EngineError says what is in the way."""
-    driver = find_driver()
-    gpus = () if driver is None else driver.gpus
-    if driver is None or driver.problem or not gpus:
-        found = "no NVIDIA driver is here"
-        if driver is not None:
-            found = driver.problem or "the NVIDIA driver finds no GPU"
-        raise EngineError(
-            f"the engine was built for {target.name} and {found}: run it where such a GPU is, use "
-            "--device reference (slow), or build it again with --target cpu"
-        )
-    if not which.isdecimal() or int(which) >= len(gpus):
-        raise EngineError(
-            f"device {device!r}: the GPUs here are "
-            f"{', '.join(f'cuda:{gpu.index} ({gpu.name})' for gpu in gpus)}: use one of them"
-        )
-    gpu = gpus[int(which)]
-    _check_gpu(gpu, driver, target)
-    return Choice("cuda", layout=target.layout, gpu=gpu.index)
-
-
-def _check_gpu(gpu: Gpu, driver: Driver, target: Target) -> None:
-    """EngineError unless the GPU runs the target's machine code, and torch runs on the GPU."""
-    mine, least = target_of(gpu.capability), target.capability
-    assert least is not None, f"{target.name} is no GPU"
-    # Machine code runs on later GPUs of the same major number.
-    if mine is None or gpu.capability[0] != least[0] or gpu.capability < least:
-        again = "--target cpu" if mine is None else f"--target {mine.name}"
-        raise EngineError(
-            f"the engine was built for {target.name}, here is {gpu}: build it again with {again}"
-        )
-    packages = find_packages()
-    if "torch" in packages.missing:
-        raise EngineError(
-            f"the engine runs on {gpu.name} with PyTorch, which is not installed: "
-            'pip install "puna[cuda]"'
-        )
-    if packages.torch_cuda is None:
-        raise EngineError(
-            f"the engine runs on {gpu.name}, and the installed PyTorch was built without CUDA: "
-            "pip install --force-reinstall torch"
-        )
-    if packages.torch_cuda[0] > driver.cuda[0]:
-        raise EngineError(
-            f"the installed PyTorch needs CUDA {packages.torch_cuda[0]}, the NVIDIA driver runs "
-            f"{driver.cuda[0]}.{driver.cuda[1]}: update the driver, or install a PyTorch for "
-            f"CUDA {driver.cuda[0]} (https://pytorch.org/get-started)"
-        )
+def _choose_gpu(which: str, config: EngineConfig) -> Choice:
+    """The GPU with the number `which`, or the first."""
+    if which and not which.isdecimal():
+        raise EngineError(f"device cuda:{which} has no number of a GPU: use cuda, or cuda:0")
+    return Choice("cuda", gpu=find_gpu(config, int(which or 0)).index)
 
 
 def make_ops(

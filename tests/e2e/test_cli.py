@@ -19,8 +19,10 @@ import pytest
 from small_models import DUMMY, ROOT, Puna, Refused, command, command_line, listing
 
 from puna import LLM, SamplingParams
+from puna.auto_target import choose_target
 from puna.checkpoint.dummy import PRESETS
 from puna.cli.quickstart import QUESTION
+from puna.nvidia import Driver, Gpu, Packages
 
 COMMANDS = ("build", "plan", "inspect", "verify", "run", "chat", "summarize", "quickstart")
 RESULT_KEYS = [
@@ -132,12 +134,29 @@ def test_quickstart(hf_checkpoint: Path, tmp_path: Path, puna: Puna) -> None:
     run = ("quickstart", "--model", hf_checkpoint, "--cache", tmp_path / "cache")
     first, second = puna(*run), puna(*run)
     assert (first.status, first.err, second.status) == (0, "", 0)
-    assert f"(none) from {hf_checkpoint}" in first.out and f"> {QUESTION}\n" in first.out
+    assert f"(none) for cpu from {hf_checkpoint}" in first.out and f"> {QUESTION}\n" in first.out
     assert second.out.startswith("engine of an earlier run: ")
     (built,) = (tmp_path / "cache" / "engines").iterdir()
+    assert built.name.endswith("-cpu")
     assert f"puna chat {built}\n" in second.out and puna("verify", built).status == 0
-    asked = puna(*run, "--question", "Who are you?").out
-    assert "> Who are you?\n" in asked
+    asked = puna(*run, "--question", "Who are you?", "--target", "cpu").out
+    assert "> Who are you?\n" in asked and asked.startswith("engine of an earlier run: ")
+
+
+def test_quickstart_with_a_gpu_that_cannot_be_used_yet(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is fetched; and never an engine for the CPU in its place."""
+    driver = Driver((13, 0), (Gpu(0, "NVIDIA H200", (9, 0), 1),))
+
+    def auto() -> tuple[str, str]:
+        return choose_target(driver, Packages(("triton",), None))
+
+    monkeypatch.setattr("puna.auto_target.auto_target", auto)
+    monkeypatch.setattr("puna.cli.quickstart.fetch_smollm2", lambda cache: 1 / 0)
+    line = refused("quickstart", "--cache", tmp_path)
+    assert 'the GPU needs triton, not installed: pip install "puna[cuda]", or' in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_module_and_help() -> None:

@@ -34,9 +34,11 @@ if not IS_INTERPRETED:
 else:
     import importlib
 
+    import numpy as np
     import torch
     from cuda_cases import *  # noqa: F403
     from cuda_cases import TestDevice
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from puna.cuda.choices import Choices
     from puna.cuda.kernel_table import triton_kernels
@@ -58,6 +60,30 @@ else:
             names = [argument for argument, _ in kernel.arguments]
             given = dict(zip(names, arguments, strict=True))
             getattr(module, kernel.function)[grid](**given, **dict(kernel.constants))
+
+    def float32_of(handle: TensorHandle) -> Any:
+        if str(handle.dtype.scalar) != "bf16":
+            return handle.data.astype(np.float32)
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> Any:
+        return TensorHandle(float32_of(a) @ float32_of(b) + d.data, d.dtype.scalar)
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> Any:
+        if str(dst_type.scalar) != "bf16" or src.data.dtype != np.float32:
+            return cast(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return TensorHandle(rounded.astype(np.uint16), dst_type.scalar)
+
+    @pytest.fixture(autouse=True)
+    def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The interpreter holds bfloat16 as integers, multiplies them as such, and cuts float32
+        off instead of rounding it."""
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
     @dataclass(frozen=True)
     class Done:

@@ -35,6 +35,7 @@ RUN = [
         "runtime.load",
         "runtime.limits",
         "runtime.device",
+        "runtime.gpu",
         "runtime.comm",
         "runtime.cuda_load",
         "runtime.cuda_dummy",
@@ -54,18 +55,19 @@ RUN = [
     ),
     ("runtime.rendezvous",),
     ("runtime.launch",),
-    ("cpu", *(f"cuda.{name}" for name in ("ops", "graphs", "library", "driver", "choices"))),
-    ("ops",),
+    ("cpu", "cuda.ops", "cuda.graphs", "cuda.library"),
+    ("ops", "cuda.choices"),
 ]
 BUILD = [
     ("cli",),
     ("builder",),
     ("plan", "checkpoint", "output", "rank_writer", "auto_target", "cuda.compile"),
-    ("cuda.kernel_table", "cuda.kernels"),
 ]
 SHARED = [
     ("tokenizer",),
-    ("manifest", "shard", "memory", "cuda_memory", "dummy"),
+    ("manifest", "shard", "memory", "dummy"),
+    ("cuda",),
+    ("cuda_memory",),
     ("rank_file",),
     ("engine",),
     ("layout", "targets", "rope", "batch", "dummy_values"),
@@ -76,8 +78,9 @@ SHARED = [
     ("strict_json",),
     ("errors",),
 ]
-RUN_ONLY = ("runtime", "models", "ops", "llm", "job", "bench", "summarize", *RUN[-2])
-BUILD_ONLY = ("builder", *BUILD[-2], *BUILD[-1])
+RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
+RUN_ONLY += ("cuda.ops", "cuda.graphs", "cuda.library", "cuda.choices")
+BUILD_ONLY = ("builder", *BUILD[-1])
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")
 WITHOUT_NUMPY += tuple(

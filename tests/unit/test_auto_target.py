@@ -16,7 +16,15 @@ from puna.auto_target import auto_target, choose_target
 from puna.builder import plan_checkpoint
 from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
 from puna.errors import ConfigError
-from puna.nvidia import Driver, Gpu, Packages, find_driver, find_packages, missing_compilers
+from puna.nvidia import (
+    COMPILERS,
+    Driver,
+    Gpu,
+    Packages,
+    find_driver,
+    find_packages,
+    missing_packages,
+)
 from puna.plan import BuildConfig
 from puna.targets import TARGETS, target_of
 
@@ -128,10 +136,10 @@ def test_packages_are_found_without_being_imported(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert find_packages() == Packages((), expected)
-    assert missing_compilers() == ()
+    assert missing_packages(COMPILERS) == ()
     (tmp_path / "triton").rename(tmp_path / "not-triton")
     (tmp_path / "cuda" / "bindings").rename(tmp_path / "cuda" / "other")
-    assert missing_compilers() == find_packages().missing == ("triton", "cuda-bindings")
+    assert missing_packages(COMPILERS) == find_packages().missing == ("triton", "cuda-bindings")
     (tmp_path / "cuda").rename(tmp_path / "not-cuda")
     (tmp_path / "torch").rename(tmp_path / "not-torch")
     sys.path_importer_cache.clear()
@@ -177,7 +185,7 @@ def test_auto_is_cpu_where_there_is_no_gpu() -> None:
         (replace(HERE, problem="broken (803)"), ALL, r"does not start: broken \(803\): mend it"),
         (HERE, replace(ALL, missing=("triton", "torch")), r'triton, torch.*install "puna\[cuda\]"'),
         (HERE, replace(ALL, torch_cuda=None), "with CUDA.*pip install --force-reinstall torch"),
-        (replace(HERE, cuda=(11, 8)), ALL, "driver for CUDA 11.8, needed is 12.0.*update the"),
+        (replace(HERE, cuda=(11, 8)), ALL, "driver runs CUDA 11.8, needed is 12.0.*update the"),
         (
             replace(HERE, cuda=(12, 4)),
             ALL,
