@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from puna.cuda.fused_plan import MAX_SPLITS, fused_rows, fused_shapes
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -21,6 +22,7 @@ INT32 = np.dtype(np.int32)
 
 ROWS_MULTIPLE = 16  # rows of a stored matrix are padded to a multiple of this
 ARGMAX_CHUNK = 2048  # numbers of the vocabulary that one program of argmax looks at
+MAX_MULTIPROCESSORS = 256  # of a GPU, more than any has
 MAX_PARTS = 32  # a long context is shared out in at most so many parts
 
 
@@ -53,4 +55,23 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "argmax_value_LC": (FLOAT32, (num_seqs, num_chunks)),
         "argmax_index_LC": (INT32, (num_seqs, num_chunks)),
         "last_tokens_R": (INT32, (num_seqs,)),
+        **_fused_specs(config),
+    }
+
+
+def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
+    """Scratch of the fused kernels, where the engine has them; all of it begins as zeros."""
+    rows = max(fused_rows(config), default=0)
+    if not rows:
+        return {}
+    s = fused_shapes(config)
+    all_heads = s.num_heads + 2 * s.num_kv_heads
+    split = (rows, s.num_kv_heads, MAX_SPLITS, s.group, s.head_dim + 1)
+    return {
+        "fused_part": (FLOAT32, split),
+        "fused_fresh": (INT32, (rows, all_heads, s.head_dim // 2, 2)),
+        "fused_split_count": (INT32, (rows, s.num_kv_heads)),
+        "fused_best": (FLOAT32, (MAX_MULTIPROCESSORS, rows, 2)),
+        "fused_epoch": (INT32, (4,)),
+        "fused_error": (INT32, (4,)),
     }

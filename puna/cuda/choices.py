@@ -23,6 +23,6 @@ class Choices:
     decode_programs: int = 528
 
 
-def choices_for(target: str) -> Choices:
-    """The table. sm_90: not tuned yet (2026-11)."""
-    return Choices(fused_tokens=8 if target == "sm_90" else 0)
+def choices_for(fused_rows: tuple[int, ...]) -> Choices:
+    """The table. `fused_rows`: as `puna.cuda.fused_plan` has it."""
+    return Choices(fused_tokens=max(fused_rows, default=0))

@@ -17,6 +17,7 @@ from typing import Any
 
 from puna.cuda.kernel_table import (
     KERNELS_FILE,
+    CudaKernel,
     CudaSource,
     TritonKernel,
     cuda_sources,
@@ -64,7 +65,9 @@ def compile_kernels(
             report(kernel.name)
     sources = cuda_sources(config)
     for source in sources:
-        files[f"{source.name}.cubin"], entries[source.name] = _compile_cuda(source, config.target)
+        file = f"{source.name}.cubin"
+        files[file] = compile_cuda(source, config.target)
+        entries |= {kernel.name: _cuda_entry(kernel, file) for kernel in source.kernels}
         if report:
             report(source.name)
     if sources:
@@ -147,29 +150,28 @@ def _parameters(ptx: str) -> list[str]:
     return [_PTX_TYPES[kind] for kind in _PTX_PARAMETER.findall(entries[0])]
 
 
-def _compile_cuda(
-    kernel: CudaSource, target: str, folder: Path = SOURCES
-) -> tuple[bytes, dict[str, Any]]:
-    """The same for a CUDA C++ kernel, which has exactly the parameters that it declares."""
+def compile_cuda(source: CudaSource, target: str, folder: Path = SOURCES) -> bytes:
+    """The cubin of a CUDA C++ source."""
     core = _import("cuda.core", "cuda-core")
-    pathfinder = _import("cuda.pathfinder", "cuda-pathfinder")
-    # cuda_fp16.h and its like, which come with the CUDA runtime and not with NVRTC.
-    headers = pathfinder.find_nvidia_header_directory("cudart")
     options = core.ProgramOptions(
         arch=f"{target}a" if compute_capability(target) >= 90 else target,
         std="c++17",
-        define_macro=[(name, str(value)) for name, value in kernel.defines],
-        include_path=[str(folder), *([headers] if headers else [])],
-        name=kernel.source,
+        define_macro=[(name, str(value)) for name, value in source.defines],
+        include_path=str(folder),
+        name=source.source,
     )
-    program = core.Program((folder / kernel.source).read_text(), code_type="c++", options=options)
-    cubin = bytes(program.compile("cubin").code)
-    return cubin, {
-        "file": f"{kernel.name}.cubin",
+    program = core.Program((folder / source.source).read_text(), code_type="c++", options=options)
+    return bytes(program.compile("cubin").code)
+
+
+def _cuda_entry(kernel: CudaKernel, file: str) -> dict[str, Any]:
+    """Its entry of kernels.json. It has exactly the parameters that it declares."""
+    return {
+        "file": file,
         "entry": kernel.entry,
         "arguments": [list(argument) for argument in kernel.arguments],
         "null_arguments": 0,
-        "constants": dict(kernel.constants),
+        "constants": {},
         "num_warps": kernel.num_warps,
         "shared": kernel.shared,
     }

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from puna.cuda_memory import ARGMAX_CHUNK, MAX_PARTS, padded_rows
+from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
 from puna.engine import EngineConfig
 from puna.weights import extent
 
@@ -39,21 +40,25 @@ class TritonKernel:
 
 
 @dataclass(frozen=True)
-class CudaSource:
-    """One CUDA C++ kernel: `source` beside puna/cuda/csrc, compiled with `defines`.
+class CudaKernel:
+    """A kernel of a CUDA C++ source: `entry` is an extern "C" function, `arguments` are the types of
+    its parameters as in `TritonKernel`."""
 
-    `entry` is an extern "C" function; `arguments` are the types of its parameters as in
-    `TritonKernel`; `constants` are for those who launch it.
-    """
+    name: str
+    entry: str
+    arguments: tuple[tuple[str, str], ...]
+    num_warps: int
+    shared: int  # dynamic shared memory, bytes
+
+
+@dataclass(frozen=True)
+class CudaSource:
+    """A CUDA C++ source in puna/cuda/csrc, compiled with `defines` to one cubin, `name`."""
 
     name: str
     source: str
-    entry: str
-    arguments: tuple[tuple[str, str], ...]
     defines: tuple[tuple[str, Constant], ...]
-    constants: tuple[tuple[str, Constant], ...]
-    num_warps: int
-    shared: int  # dynamic shared memory, bytes
+    kernels: tuple[CudaKernel, ...]
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,59 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
 
 
 def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
-    """CUDA C++ kernels of the engine's target; none yet."""
-    return ()
+    """CUDA C++ sources of the engine's target."""
+    return tuple(_fused_source(config, rows) for rows in fused_rows(config))
+
+
+def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
+    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    shapes = fused_shapes(config)
+    weight = (("w", dtype), ("bias", "*fp32"))
+    residual, count = (("h", "*fp32"),), (("num_rows", "i32"),)
+    norm = (*residual, ("gamma", "*fp32"))
+    step = tuple((name, "*i32") for name in ("positions", "slots", "seq_lens", "block_table"))
+    kernels = {
+        "qkv": (
+            *weight,
+            *norm,
+            ("cos", "*fp32"),
+            ("sin", "*fp32"),
+            *step,
+            ("keys", dtype),
+            ("values", dtype),
+            ("attended", dtype),
+            ("part", "*fp32"),
+            *((name, "*i32") for name in ("fresh", "epoch", "split_count", "error")),
+            ("table_stride", "i32"),
+            *count,
+            ("layer", "i32"),
+        ),
+        "out": (*weight, ("x", dtype), *residual, *count),
+        "gate_up": (*weight, *norm, ("y", dtype), *count),
+        "down": (*weight, ("x", dtype), *residual, *count),
+        "head": (
+            ("w", dtype),
+            *norm,
+            ("rows", "*i32"),
+            ("logits", "*fp32"),
+            ("best", "*fp32"),
+            ("epoch", "*i32"),
+            *count,
+        ),
+    }
+    pick = (("best", "*fp32"), *((name, "*i32") for name in ("rows", "last", "tokens", "error")))
+    return CudaSource(
+        f"decode_{rows}",
+        "decode_sm90.cu",
+        tuple(fused_defines(config, rows).items()),
+        (
+            *(
+                CudaKernel(f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows))
+                for name, arguments in kernels.items()
+            ),
+            CudaKernel(f"pick_{rows}", "pick", (*pick, ("num_ctas", "i32")), 1, 0),
+        ),
+    )
 
 
 def _shapes(config: EngineConfig) -> _Shapes:

@@ -104,6 +104,13 @@ class FusedOps(Protocol):
         self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
     ) -> None: ...
 
+    def sample_greedy(
+        self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor
+    ) -> None:
+        """As `CudaOps.sample_greedy`, of the logits that `head` wrote last. A token is -1 where a
+        kernel waited in vain for another."""
+        ...
+
 
 class CudaOps:
     """Operations of one rank. `arrays` are those of `memory.workspace_specs(config, rank, "cuda")`
@@ -134,6 +141,7 @@ class CudaOps:
         self._is_deterministic = deterministic
         self._fused = fused
         self._state = "idle"
+        self._is_head_fused = False  # of what is being recorded
         self._known_products: set[tuple[int, int, int]] = set()
 
     def load_matrix(
@@ -303,7 +311,9 @@ class CudaOps:
         self, x: Stream, rows_L: Tensor, norm: Norm, linear: Linear, logits_LV: Tensor
     ) -> None:
         (matrix,) = linear.weights
-        if fused := self._fused_for(x):
+        fused = self._fused_for(x) if len(rows_L) <= len(x.residual_TD) else None
+        self._is_head_fused = fused is not None
+        if fused:
             if self._is_recording():
                 fused.head(x, rows_L, norm, matrix.data_NK, logits_LV)
             return
@@ -321,6 +331,10 @@ class CudaOps:
     ) -> None:
         """out_tokens[l] = last_tokens[rows[l]] = the largest of logits[l], the lowest id where
         several are; rows below 0 write no last token."""
+        if self._is_head_fused and self._fused:
+            if self._is_recording():
+                self._fused.sample_greedy(rows_L, last_tokens_R, out_tokens_L)
+            return
         num_rows, vocab = logits_LV.shape
         largest = self._arrays["argmax_value_LC"], self._arrays["argmax_index_LC"]
         num_chunks = -(-vocab // ARGMAX_CHUNK)

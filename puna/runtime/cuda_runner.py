@@ -22,6 +22,8 @@ import torch
 from puna.batch import ForwardBatch
 from puna.cuda.choices import choices_for
 from puna.cuda.driver import Driver
+from puna.cuda.fused import FusedDecode
+from puna.cuda.fused_plan import fused_rows
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library, read_kernels
 from puna.cuda.ops import CudaOps
@@ -215,6 +217,11 @@ class CudaRunner:
         flying.slot.wait()
         if flying.logits_LV is None:
             token_ids_L = flying.slot.tokens_L[: flying.num_sampled].copy()
+            if len(token_ids_L) and token_ids_L.min() < 0:
+                raise EngineError(
+                    "a kernel waited in vain for another one's results: is another program using "
+                    "the GPU, or a debugger? End it, or run with --deterministic"
+                )
             sampled = SampleResult(token_ids_L, self._nothing, self._nothing, self._nothing)
             return sampled, self._nothing
         return sample(step.sample_logits(flying.logits_LV), step.sampling), flying.logits_LV
@@ -340,6 +347,7 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             f"{name} cannot be used: {said}: see what nvidia-smi says of it"
         ) from error
     check_gpu_memory(config, rank, opening.num_blocks, name, free_bytes)
+    num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
     library = Library(
         read_kernels(opening.engine_dir),
         Driver(),
@@ -353,8 +361,9 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             library,
             arrays,
             GraphRecorder(),
-            choices_for(config.target),
+            choices_for(fused_rows(config)),
             deterministic=opening.deterministic,
+            fused=FusedDecode(library, arrays, num_ctas) if fused_rows(config) else None,
         )
 
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from cuda_configs import cuda_config
 
 from puna.checkpoint.dummy import parse_preset
-from puna.cuda.kernel_table import KERNELS_FILE, CudaSource, triton_kernels
+from puna.cuda.kernel_table import KERNELS_FILE, cuda_sources, triton_kernels
 from puna.errors import ConfigError
 from puna.spec import ModelSpec
 
@@ -86,26 +85,20 @@ def test_launches_know_the_arguments() -> None:
     assert gemm["constants"]["BLOCK_M"] == 16 and gemm["num_warps"] == 4
 
 
-def test_cuda_sources_compile(tmp_path: Path) -> None:
-    """The way of kernels in CUDA C++, with a macro and the headers that NVRTC does not have."""
+@pytest.mark.parametrize("preset", ["llama-2-7b", "llama-3-8b", "llama-3.2-1b", "llama-2-13b"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_fused_kernels_compile(preset: str, rows: int) -> None:
+    """The shared memory that each kernel lays out is what was planned: the source checks it."""
     for module in ("cuda.core", "cuda.bindings.nvrtc"):
         pytest.importorskip(module, reason="needs cuda-core, cuda-bindings, nvidia-cuda-nvrtc")
-    from puna.cuda.compile import _compile_cuda, _nvrtc_version
+    from puna.cuda.compile import compile_cuda
 
-    (tmp_path / "scale.cu").write_text(
-        "#include <cuda_fp16.h>\n"
-        'extern "C" __global__ void scale(__half* x) {\n'
-        '    asm volatile("griddepcontrol.wait;");\n'
-        "    x[threadIdx.x] = __hmul(x[threadIdx.x], __float2half(FACTOR));\n"
-        "}\n"
-    )
-    kernel = CudaSource(
-        "scale", "scale.cu", "scale", (("x", "*fp16"),), (("FACTOR", 2),), (("ROWS", 1),), 4, 0
-    )
-    cubin, entry = _compile_cuda(kernel, "sm_90", tmp_path)
-    assert cubin[:4] == b"\x7fELF" and b"scale" in cubin
-    assert entry["arguments"] == [["x", "*fp16"]] and entry["constants"] == {"ROWS": 1}
-    assert _nvrtc_version()[:2] in ("12", "13")
+    config = cuda_config(parse_preset(preset), "bfloat16", "sm_90")
+    (source,) = [it for it in cuda_sources(config) if it.name == f"decode_{rows}"]
+    cubin = compile_cuda(source, "sm_90")
+    assert cubin[:4] == b"\x7fELF"
+    for kernel in source.kernels:
+        assert kernel.entry.encode() in cubin, kernel.name
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

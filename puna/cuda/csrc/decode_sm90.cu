@@ -49,6 +49,7 @@ struct Args {
   float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
   int* epoch;               // counts steps; HEAD adds 1
   int num_rows;
+  const int* rows;          // HEAD: [ROWS] rows of h
   // QKV only
   u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
   const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
@@ -208,7 +209,7 @@ struct CachedTokens {
 };
 
 // The input of one row, normalised where the kernel has a norm, into shared memory.
-template <bool NORM, int K>
+template <bool NORM, bool PICKS, int K>
 __device__ __forceinline__ void load_row(const Args& p, unsigned char* input, float* words) {
   const int tid = threadIdx.x;
   if constexpr (!NORM) {
@@ -222,11 +223,12 @@ __device__ __forceinline__ void load_row(const Args& p, unsigned char* input, fl
 #pragma unroll
     for (int i = 0; i < V; ++i)
       if (i * NT + tid < K / 4) gamma[i] = ldg_f4(p.gamma + (i * NT + tid) * 4);
+    const float* h = PICKS ? p.h + (size_t)__ldg(p.rows) * K : p.h;
     grid_wait();
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      if (i * NT + tid < K / 4) v[i] = ldcg_f4(p.h + (i * NT + tid) * 4);
+      if (i * NT + tid < K / 4) v[i] = ldcg_f4(h + (i * NT + tid) * 4);
 #pragma unroll
     for (int i = 0; i < V; ++i)
       if (i * NT + tid < K / 4) sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
@@ -246,7 +248,7 @@ __device__ __forceinline__ void load_row(const Args& p, unsigned char* input, fl
 }
 
 // The input of up to eight rows, as fragments: lane (g, t) has columns 8t to 8t + 7 of each unit of row g.
-template <bool NORM, int K>
+template <bool NORM, bool PICKS, int K>
 struct Fragments {
   static constexpr int UNITS = K / NW / UNIT, IN_REGISTERS = UNITS < REGISTER_UNITS ? UNITS : REGISTER_UNITS;
   u32 f[IN_REGISTERS][4];
@@ -257,7 +259,7 @@ struct Fragments {
     rest = smem32(input) + (warp * (UNITS - IN_REGISTERS) * 32 + lane) * 16;
     grid_wait();
     float r = 0;
-    const float* h = p.h + (size_t)g * K + at;
+    const float* h = p.h + (size_t)(PICKS && is_row ? __ldg(p.rows + g) : g) * K + at;
     if constexpr (NORM) {
       float sum = 0;
 #pragma unroll
@@ -604,8 +606,8 @@ __device__ __forceinline__ void run(const Args& p) {
     refill();
   }
 
-  Fragments<NORM, K> fragments;
-  if constexpr (ROWS == 1) load_row<NORM, K>(p, input, words);
+  Fragments<NORM, MODE == HEAD, K> fragments;
+  if constexpr (ROWS == 1) load_row<NORM, MODE == HEAD, K>(p, input, words);
   else fragments.load(p, input, words, warp, lane);
   __syncthreads();
 
@@ -697,9 +699,10 @@ KERNEL(down, DOWN, FFN)(const u16* w, const float* bias, const u16* x, float* h,
   run<DOWN, FFN>(p);
 }
 
-KERNEL(head, HEAD, HIDDEN)(const u16* w, float* h, const float* gamma, float* logits, float2* best, int* epoch, int num_rows) {
+KERNEL(head, HEAD, HIDDEN)(const u16* w, float* h, const float* gamma, const int* rows, float* logits, float2* best, int* epoch,
+                           int num_rows) {
   Args p{};
-  p.w = w; p.h = h; p.gamma = gamma; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
+  p.w = w; p.h = h; p.gamma = gamma; p.rows = rows; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
   run<HEAD, HIDDEN>(p);
 }
 

@@ -1,0 +1,110 @@
+"""What the fused decode kernels of sm_90 (csrc/decode_sm90.cu) are compiled with, and need.
+
+Pure, from `EngineConfig`: which engines have them, for how many tokens, their constants, shared
+memory and scratch. The kernels check the bytes of shared memory against their own layout when they
+are compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puna.engine import EngineConfig
+from puna.weights import extent
+
+# Kernels are compiled for one token, and for up to eight.
+FUSED_ROWS = (1, 8)
+MAX_SPLITS = 16  # parts of a context in attention
+# Mirrors of constants in the source.
+_WARPS, _TILE, _STAGE_BYTES, _REGISTER_UNITS = 8, 8, 8 * (256 * 2 + 64), 36
+_NUM_BUFFERS = 2 * _WARPS
+_MAX_SHARED = 227 * 1024
+
+
+@dataclass(frozen=True)
+class FusedShapes:
+    """Sizes of rank 0: hidden, heads, KV heads, head_dim, ffn."""
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def num_cols(self, kernel: str) -> int:
+        """Columns of the kernel's matrix."""
+        return {"out": self.q_size, "down": self.ffn}.get(kernel, self.hidden)
+
+
+def fused_shapes(config: EngineConfig) -> FusedShapes:
+    spec, mapping = config.spec, config.mapping(0)
+    return FusedShapes(
+        hidden=spec.hidden_size,
+        num_heads=extent("heads", spec.q_size, spec, mapping).size // spec.head_dim,
+        num_kv_heads=extent("kv_heads", spec.kv_size, spec, mapping).size // spec.head_dim,
+        head_dim=spec.head_dim,
+        ffn=extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size,
+    )
+
+
+def fused_rows(config: EngineConfig) -> tuple[int, ...]:
+    """The numbers of rows for which the engine has fused kernels; () where its target or its sizes
+    have none."""
+    if config.target != "sm_90" or config.world_size > 1:
+        return ()
+    s = fused_shapes(config)
+    sizes_fit = all(size % 256 == 0 for size in (s.hidden, s.q_size, s.ffn))
+    if not sizes_fit or s.head_dim not in (64, 128) or s.group > 8:
+        return ()
+    kernels = ("qkv", "out", "gate_up", "down", "head")
+    return tuple(
+        rows
+        for rows in FUSED_ROWS
+        if rows <= config.limits.max_batch_size
+        and all(shared_bytes(s, kernel, rows) <= _MAX_SHARED for kernel in kernels)
+    )
+
+
+def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
+    """Bytes of dynamic shared memory: `Shared<...>::TOTAL` of the source."""
+    num_cols = s.num_cols(kernel)
+    stages = 3 if kernel == "down" and rows > 1 else 4
+    units = num_cols // _WARPS // 32
+    in_shared = max(units - _REGISTER_UNITS, 0)
+    inputs = num_cols * 2 if rows == 1 else _WARPS * in_shared * 512
+    parts = _NUM_BUFFERS * _WARPS * _TILE * rows * 4
+    merge = _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
+    barriers = (_WARPS * stages + _NUM_BUFFERS) * 8
+    words = (_WARPS * rows + 8) * 4
+    return _WARPS * stages * _STAGE_BYTES + max(inputs + parts, merge) + barriers + words
+
+
+def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
+    """Macros of the source."""
+    s, spec = fused_shapes(config), config.spec
+    return {
+        "BF16": int(config.dtype == "bfloat16"),
+        "HIDDEN": s.hidden,
+        "HEADS": s.num_heads,
+        "KV_HEADS": s.num_kv_heads,
+        "HEAD_DIM": s.head_dim,
+        "FFN": s.ffn,
+        "VOCAB": spec.vocab_size,
+        "KV_BLOCK": config.limits.block_size,
+        "EPS": f"{spec.rms_norm_eps!r}f",
+        "ROWS": rows,
+        "ATTENTION_BIAS": int(spec.attention_bias),
+        "MLP_BIAS": int(spec.mlp_bias),
+        **{
+            f"SHARED_{kernel}": shared_bytes(s, kernel, rows)
+            for kernel in ("qkv", "out", "gate_up", "down", "head")
+        },
+    }
