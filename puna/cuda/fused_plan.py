@@ -81,7 +81,7 @@ def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     in_shared = max(units - _REGISTER_UNITS, 0)
     inputs = num_cols * 2 if rows == 1 else _WARPS * in_shared * 512
     parts = _NUM_BUFFERS * _WARPS * _TILE * rows * 4
-    merge = _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
+    merge = 2 * _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
     barriers = (_WARPS * stages + _NUM_BUFFERS) * 8
     words = (_WARPS * rows + 8) * 4
     return _WARPS * stages * _STAGE_BYTES + max(inputs + parts, merge) + barriers + words

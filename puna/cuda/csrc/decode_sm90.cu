@@ -31,9 +31,11 @@ constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
 constexpr int TOKENS = 16;                          // of a stage of keys or values
 constexpr int KV_ROW = HEAD_DIM * 2 + 32;           // 32: few bank conflicts, of loads by row and by column
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
+constexpr int PARTIES = 8;                          // that share a task of attention
 constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
 static_assert(TOKENS * KV_ROW <= STAGE, "a stage of keys fits");
 static_assert(HIDDEN % 256 == 0 && Q_SIZE % 256 == 0 && FFN % 256 == 0, "eight warps share the columns in units of 32");
+static_assert(ROWS == 1 || HIDDEN <= 8192, "a norm's weights fit where the parts of tiles will be");
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
 
 enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
@@ -87,7 +89,7 @@ struct Shared {
   static constexpr int RINGS = NW * STAGES * STAGE;
   static constexpr int INPUT = ROWS == 1 ? K * 2 : NW * IN_SHARED * 512;
   static constexpr int PARTS = NBUF * NW * TILE * ROWS * 4;
-  static constexpr int MERGE = MODE == QKV ? NW * GROUP * (HEAD_DIM + 2) * 4 : 0;
+  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
   static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
   static constexpr int TOTAL = RINGS + WORK + (NW * STAGES + NBUF) * 8 + (NW * ROWS + 8) * 4;
 };
@@ -137,74 +139,114 @@ struct Weights {
   }
 };
 
-// A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. A warp takes
-// every eighth stretch of TOKENS tokens of it; `at` is its next.
+// A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. Its stretches
+// of TOKENS tokens are dealt to eight parties, each of which sums up alone; what the parties have is then added in order. A task
+// belongs to `width` warps, each of which plays one party or several, one after the other: as many warps as leave no CTA
+// without a task, so the bits do not depend on it.
 struct Task {
-  int id, seq, kv, start, end, at, split, num_splits;
-  __device__ __forceinline__ bool find(const Args& p, int warp) {
+  int id, seq, kv, start, end, party, at, split, num_splits;    // at: the next token of the party's
+  __device__ __forceinline__ bool find(const Args& p, int first_party) {
     int n = id;
     for (seq = 0; seq < p.num_rows; ++seq) {
-      const int len = __ldg(p.seq_lens + seq);
-      int part = MIN_SPLIT;
-      while (part * MAX_SPLITS < len) part *= 2;
+      const int len = __ldg(p.seq_lens + seq), part = split_len(len);
       num_splits = (len + part - 1) / part;
       if (n < num_splits * KV_HEADS) {
         split = n / KV_HEADS;
         kv = n % KV_HEADS;
         start = split * part;
         end = min(len, start + part);
-        at = start + warp * TOKENS;
+        begin(first_party);
         return true;
       }
       n -= num_splits * KV_HEADS;
     }
     return false;
   }
+  __device__ __forceinline__ void begin(int which) {
+    party = which;
+    at = start + which * TOKENS;
+  }
+  static __device__ __forceinline__ int split_len(int len) {
+    int part = MIN_SPLIT;
+    while (part * MAX_SPLITS < len) part *= 2;
+    return part;
+  }
+  static __device__ __forceinline__ int count(const Args& p) {
+    int n = 0;
+    for (int seq = 0; seq < p.num_rows; ++seq) {
+      const int len = __ldg(p.seq_lens + seq), part = split_len(len);
+      n += (len + part - 1) / part * KV_HEADS;
+    }
+    return n;
+  }
 };
 
-// What a warp requests of the cache: keys, then values, of each of its stretches, of all the CTA's tasks in order.
+// Who of a CTA's warps works on which task: groups of `width` warps.
+struct Team {
+  int width, group, index, first_id, stride;
+  __device__ __forceinline__ void form(const Args& p, int warp) {
+    width = Task::count(p) > gridDim.x ? NW / 2 : NW;
+    group = warp / width;
+    index = warp % width;
+    first_id = blockIdx.x + group * gridDim.x;
+    stride = NW / width * gridDim.x;
+  }
+  __device__ __forceinline__ void sync() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(width * 32) : "memory");
+  }
+};
+
+// What a warp requests of the cache: keys, then values, of each of its stretches, of all its tasks in order.
 struct CachedTokens {
   Task task;
+  Team team;
   bool more = false, is_value = false;
-  int nth = 0, blocks = 0;  // blocks: of the stretches from the nth back, one a lane
-  __device__ __forceinline__ void find_blocks(const Args& p, int lane) {
-    const int at = task.at + lane * NW * TOKENS;
-    blocks = at < task.end ? __ldg(p.block_table + task.seq * p.table_stride + at / KV_BLOCK) : 0;
-    nth = 0;
+  int base = 0, blocks = 0;   // blocks: of the task's blocks from the base-th on, one a lane
+  __device__ __forceinline__ void start(const Args& p, int warp, int lane) {
+    team.form(p, warp);
+    task.id = team.first_id;
+    find(p, lane);
   }
-  __device__ __forceinline__ void find(const Args& p, int warp, int lane) {
-    for (;; task.id += gridDim.x) {
-      more = task.find(p, warp);
+  __device__ __forceinline__ void find(const Args& p, int lane) {
+    for (;; task.id += team.stride) {
+      more = task.find(p, team.index);
       if (!more) return;
-      if (task.at < task.end) return find_blocks(p, lane);
+      if (task.at < task.end) return load_blocks(p, 0, lane);
     }
+  }
+  __device__ __forceinline__ void load_blocks(const Args& p, int first, int lane) {
+    base = first;
+    const int at = task.start + (base + lane) * KV_BLOCK;
+    blocks = at < task.end ? __ldg(p.block_table + task.seq * p.table_stride + at / KV_BLOCK) : 0;
   }
   __device__ __forceinline__ size_t offset(int block, int at) const {
     return (((size_t)block * KV_HEADS + task.kv) * KV_BLOCK + at % KV_BLOCK) * HEAD_DIM;
   }
   // They are requested last and needed at once then: from the level-2 cache they come sooner.
   __device__ __forceinline__ void prefetch(const Args& p, int lane) {
-    const int at = task.at + lane * NW * TOKENS;
-    if (!more || lane >= 8 || at >= task.end) return;
-    bulk_prefetch(p.keys + offset(blocks, at), TOKENS * HEAD_DIM * 2);
-    bulk_prefetch(p.values + offset(blocks, at), TOKENS * HEAD_DIM * 2);
+    if (!more) return;
+    const int at = task.start + lane * TOKENS, block = __shfl_sync(~0u, blocks, lane * TOKENS / KV_BLOCK);
+    if (lane >= MIN_SPLIT / TOKENS || lane % team.width != team.index || at >= task.end) return;
+    bulk_prefetch(p.keys + offset(block, at), TOKENS * HEAD_DIM * 2);
+    bulk_prefetch(p.values + offset(block, at), TOKENS * HEAD_DIM * 2);
   }
   template <class R>
-  __device__ __forceinline__ void request(const Args& p, R& ring, int warp, int lane, u64 policy) {
-    const u16* src = (is_value ? p.values : p.keys) + offset(__shfl_sync(~0u, blocks, nth), task.at);
+  __device__ __forceinline__ void request(const Args& p, R& ring, int lane, u64 policy) {
+    const int nth = (task.at - task.start) / KV_BLOCK;
+    if (nth < base || nth >= base + 32) load_blocks(p, nth / 32 * 32, lane);
+    const u16* src = (is_value ? p.values : p.keys) + offset(__shfl_sync(~0u, blocks, nth - base), task.at);
     const u32 bar = ring.full + ring.in * 8;
     if (lane == 0) mbar_expect(bar, TOKENS * HEAD_DIM * 2);
     if (lane < TOKENS) bulk_load(ring.data + ring.in * STAGE + lane * KV_ROW, src + lane * HEAD_DIM, HEAD_DIM * 2, bar, policy);
     ring.next_in();
     is_value = !is_value;
     if (is_value) return;
-    task.at += NW * TOKENS;
-    if (task.at >= task.end) {
-      task.id += gridDim.x;
-      find(p, warp, lane);
-    } else if (++nth == 32) {
-      find_blocks(p, lane);
-    }
+    task.at += PARTIES * TOKENS;
+    if (task.at < task.end) return;
+    task.begin(task.party + team.width);
+    if (task.party < PARTIES && task.at < task.end) return;
+    task.id += team.stride;
+    find(p, lane);
   }
 };
 
@@ -253,21 +295,30 @@ struct Fragments {
   static constexpr int UNITS = K / NW / UNIT, IN_REGISTERS = UNITS < REGISTER_UNITS ? UNITS : REGISTER_UNITS;
   u32 f[IN_REGISTERS][4];
   u32 rest;                 // of the lane, in shared memory
-  __device__ __forceinline__ void load(const Args& p, unsigned char* input, float* words, int warp, int lane) {
+  // `scratch`: K floats that are free until the next barrier.
+  __device__ __forceinline__ void load(const Args& p, unsigned char* input, float* scratch, float* words, int warp, int lane) {
     const int g = lane >> 2, t = lane & 3, at = warp * (K / NW) + t * 8;
     const bool is_row = g < p.num_rows;
     rest = smem32(input) + (warp * (UNITS - IN_REGISTERS) * 32 + lane) * 16;
-    grid_wait();
-    float r = 0;
-    const float* h = p.h + (size_t)(PICKS && is_row ? __ldg(p.rows + g) : g) * K + at;
-    if constexpr (NORM) {
+    if constexpr (!NORM) {
+      grid_wait();
+#pragma unroll
+      for (int u = 0; u < UNITS; ++u) set(u, is_row ? ldcg128(p.x + (size_t)g * K + at + u * UNIT) : make_uint4(0, 0, 0, 0));
+    } else {
+      for (int i = threadIdx.x; i < K / 4; i += NT) reinterpret_cast<float4*>(scratch)[i] = ldg_f4(p.gamma + i * 4);
+      const float* h = p.h + (size_t)(PICKS && is_row ? __ldg(p.rows + g) : g) * K + at;
+      grid_wait();
+      float4 a[UNITS], b[UNITS];
+#pragma unroll
+      for (int u = 0; u < UNITS; ++u) {
+        a[u] = is_row ? ldcg_f4(h + u * UNIT) : make_float4(0, 0, 0, 0);
+        b[u] = is_row ? ldcg_f4(h + u * UNIT + 4) : make_float4(0, 0, 0, 0);
+      }
       float sum = 0;
 #pragma unroll
       for (int u = 0; u < UNITS; ++u)
-        if (is_row) {
-          const float4 a = ldcg_f4(h + u * UNIT), b = ldcg_f4(h + u * UNIT + 4);
-          sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
-        }
+        sum += a[u].x * a[u].x + a[u].y * a[u].y + a[u].z * a[u].z + a[u].w * a[u].w + b[u].x * b[u].x + b[u].y * b[u].y +
+               b[u].z * b[u].z + b[u].w * b[u].w;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (t == 0) words[warp * ROWS + g] = sum;
@@ -275,27 +326,23 @@ struct Fragments {
       float total = 0;
 #pragma unroll
       for (int j = 0; j < NW; ++j) total += words[j * ROWS + g];
-      r = rsqrtf(total / K + EPS);
-    }
+      const float r = rsqrtf(total / K + EPS);
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (is_row) {
-        if constexpr (NORM) {
-          const float4 a = ldcg_f4(h + u * UNIT), b = ldcg_f4(h + u * UNIT + 4);
-          const float4 c = ldg_f4(p.gamma + at + u * UNIT), d = ldg_f4(p.gamma + at + u * UNIT + 4);
-          v = make_uint4(pack2(a.x * r * c.x, a.y * r * c.y), pack2(a.z * r * c.z, a.w * r * c.w),
-                         pack2(b.x * r * d.x, b.y * r * d.y), pack2(b.z * r * d.z, b.w * r * d.w));
-        } else {
-          v = ldcg128(p.x + (size_t)g * K + at + u * UNIT);
-        }
+      for (int u = 0; u < UNITS; ++u) {
+        const float4 c = *reinterpret_cast<float4*>(scratch + at + u * UNIT), d = *reinterpret_cast<float4*>(scratch + at + u * UNIT + 4);
+        set(u, make_uint4(pack2(a[u].x * r * c.x, a[u].y * r * c.y), pack2(a[u].z * r * c.z, a[u].w * r * c.w),
+                          pack2(b[u].x * r * d.x, b[u].y * r * d.y), pack2(b[u].z * r * d.z, b[u].w * r * d.w)));
       }
-      if (u < IN_REGISTERS) {
-        f[u < IN_REGISTERS ? u : 0][0] = v.x; f[u < IN_REGISTERS ? u : 0][1] = v.y;
-        f[u < IN_REGISTERS ? u : 0][2] = v.z; f[u < IN_REGISTERS ? u : 0][3] = v.w;
-      } else {
-        sts128(rest + (u - IN_REGISTERS) * 512, v);
-      }
+    }
+  }
+  __device__ __forceinline__ void set(int u, uint4 v) {
+    if (u < IN_REGISTERS) {
+      f[u][0] = v.x;
+      f[u][1] = v.y;
+      f[u][2] = v.z;
+      f[u][3] = v.w;
+    } else {
+      sts128(rest + (u - IN_REGISTERS) * 512, v);
     }
   }
   __device__ __forceinline__ uint4 get(int u) const {
@@ -421,37 +468,40 @@ struct Softmax {
   }
 };
 
-// The CTA's tasks of attention. `merge` [NW][GROUP][HEAD_DIM + 2].
+// A warp's part of its team's tasks. `merge` [PARTIES][GROUP][HEAD_DIM + 2] is the team's own.
 template <class R, class Refill>
-__device__ __forceinline__ void attend(const Args& p, R& ring, float* merge, int* words, u32 tag, Refill refill) {
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+__device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
   Task task;
-  for (task.id = blockIdx.x; task.find(p, warp); task.id += gridDim.x) {
+  for (task.id = team.first_id; task.find(p, team.index); task.id += team.stride) {
     const int len = __ldg(p.seq_lens + task.seq);
-    const bool has_new = task.end == len && (len - 1 - task.start) / TOKENS % NW == warp && lane < HEAD_DIM / 8;
+    const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
+    const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
     Fresh fresh;
     fresh.poll(p, task, has_new, tag, lane);
-    __syncthreads();        // `merge` is free, and so is what shares its memory
-    Softmax mine;
-    for (; task.at < task.end; task.at += NW * TOKENS)
-      mine.take(fresh, ring, task.at, task.end, len, has_new, lane, refill);
-    if (g < GROUP) {
-      float* to = merge + (warp * GROUP + g) * (HEAD_DIM + 2);
+    team.sync();            // `merge` is free
+    for (; task.party < PARTIES; task.begin(task.party + team.width)) {
+      Softmax mine;
+      for (; task.at < task.end; task.at += PARTIES * TOKENS)
+        mine.take(fresh, ring, task.at, task.end, len, has_new, lane, refill);
+      if (g < GROUP) {
+        float* to = merge + (task.party * GROUP + g) * (HEAD_DIM + 2);
 #pragma unroll
-      for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
-      if (t == 0) { to[HEAD_DIM] = mine.m; to[HEAD_DIM + 1] = mine.l; }
+        for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
+        if (t == 0) { to[HEAD_DIM] = mine.m; to[HEAD_DIM + 1] = mine.l; }
+      }
     }
-    __syncthreads();
+    team.sync();
     const size_t seq_head = (size_t)task.seq * KV_HEADS + task.kv;
     float* part = p.part + seq_head * MAX_SPLITS * GROUP * (HEAD_DIM + 1);
     u16* attended = p.attended + (size_t)task.seq * Q_SIZE + task.kv * GROUP * HEAD_DIM;
-    for (int i = tid; i < GROUP * HEAD_DIM; i += NT) {
+    for (int i = tid; i < GROUP * HEAD_DIM; i += num_threads) {
       const int h = i / HEAD_DIM, d = i % HEAD_DIM;
       float m = -INFINITY_F, sum = 0, v = 0;
 #pragma unroll
-      for (int j = 0; j < NW; ++j) m = fmaxf(m, merge[(j * GROUP + h) * (HEAD_DIM + 2) + HEAD_DIM]);
+      for (int j = 0; j < PARTIES; ++j) m = fmaxf(m, merge[(j * GROUP + h) * (HEAD_DIM + 2) + HEAD_DIM]);
 #pragma unroll
-      for (int j = 0; j < NW; ++j) {
+      for (int j = 0; j < PARTIES; ++j) {
         const float* from = merge + (j * GROUP + h) * (HEAD_DIM + 2);
         const float f = exp2f(from[HEAD_DIM] - m);
         sum += f * from[HEAD_DIM + 1];
@@ -468,12 +518,12 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, float* merge, int
     if (task.num_splits == 1) continue;
     // Whoever comes last adds up all parts, in order.
     __threadfence();
-    __syncthreads();
-    if (tid == 0) words[0] = atomicAdd(p.split_count + seq_head, 1);
-    __syncthreads();
-    if (words[0] != task.num_splits - 1) continue;
+    team.sync();
+    if (tid == 0) *word = atomicAdd(p.split_count + seq_head, 1);
+    team.sync();
+    if (*word != task.num_splits - 1) continue;
     __threadfence();
-    for (int i = tid; i < GROUP * HEAD_DIM; i += NT) {
+    for (int i = tid; i < GROUP * HEAD_DIM; i += num_threads) {
       const float* from = part + (size_t)(i / HEAD_DIM) * (HEAD_DIM + 1);
       constexpr int STEP = GROUP * (HEAD_DIM + 1);
       float m = -INFINITY_F, sum = 0, v = 0;
@@ -586,7 +636,7 @@ __device__ __forceinline__ void run(const Args& p) {
   CachedTokens cached;
   auto refill = [&]() {
     if (weights.left) weights.request(ring, lane, policy);
-    else if (MODE == QKV && cached.more) cached.request(p, ring, warp, lane, policy);
+    else if (MODE == QKV && cached.more) cached.request(p, ring, lane, policy);
   };
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
@@ -595,8 +645,7 @@ __device__ __forceinline__ void run(const Args& p) {
   launch_dependents();
   __syncthreads();
   if (MODE == QKV) {
-    cached.task.id = blockIdx.x;
-    cached.find(p, warp, lane);
+    cached.start(p, warp, lane);
     cached.prefetch(p, lane);
   }
   // Paced: what a burst leaves queued would delay the few loads for which the kernel before waits (1 to 2 % of a step).
@@ -608,8 +657,8 @@ __device__ __forceinline__ void run(const Args& p) {
 
   Fragments<NORM, MODE == HEAD, K> fragments;
   if constexpr (ROWS == 1) load_row<NORM, MODE == HEAD, K>(p, input, words);
-  else fragments.load(p, input, words, warp, lane);
-  __syncthreads();
+  else fragments.load(p, input, parts, words, warp, lane);
+  if (ROWS == 1 || NORM) __syncthreads();     // a warp's fragments are its own
 
   // Parts of tile i lie in buffer i % NBUF; warp i % NW finishes it. A warp that writes to buffer i % NBUF again has finished one
   // of the tiles from i + NW on, for which every warp had come so far: tile i was finished, its buffer is free.
@@ -658,7 +707,12 @@ __device__ __forceinline__ void run(const Args& p) {
       finish.store(p, a, b, tile, g, t, tag, best);
     }
   }
-  if (MODE == QKV) attend(p, ring, reinterpret_cast<float*>(input), reinterpret_cast<int*>(words), tag, refill);
+  if (MODE == QKV) {
+    __syncthreads();        // what the input and the parts lay in is free
+    const Team& team = cached.team;
+    float* merge = reinterpret_cast<float*>(input) + team.group * (PARTIES * GROUP * (HEAD_DIM + 2));
+    attend(p, ring, team, merge, reinterpret_cast<int*>(words) + team.group, tag, refill);
+  }
   if (MODE == HEAD) {
     store_best(p, best, reinterpret_cast<float2*>(parts));
     if (blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
