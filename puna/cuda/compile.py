@@ -37,6 +37,8 @@ SHARED_LIMITS = (
     ("sm_120", 99 * 1024),
 )
 
+SOURCES = Path(__file__).parent / "csrc"  # of CUDA C++ kernels
+
 _HOW_TO_INSTALL = 'install the compilers with pip install "puna[cuda]"'
 
 _PTX_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)")
@@ -145,19 +147,22 @@ def _parameters(ptx: str) -> list[str]:
     return [_PTX_TYPES[kind] for kind in _PTX_PARAMETER.findall(entries[0])]
 
 
-def _compile_cuda(kernel: CudaSource, target: str) -> tuple[bytes, dict[str, Any]]:
+def _compile_cuda(
+    kernel: CudaSource, target: str, folder: Path = SOURCES
+) -> tuple[bytes, dict[str, Any]]:
     """The same for a CUDA C++ kernel, which has exactly the parameters that it declares."""
     core = _import("cuda.core", "cuda-core")
-    path = Path(__file__).parent / "csrc" / kernel.source
-    arch = f"{target}a" if target in ("sm_90", "sm_100", "sm_120") else target
+    pathfinder = _import("cuda.pathfinder", "cuda-pathfinder")
+    # cuda_fp16.h and its like, which come with the CUDA runtime and not with NVRTC.
+    headers = pathfinder.find_nvidia_header_directory("cudart")
     options = core.ProgramOptions(
-        arch=arch,
+        arch=f"{target}a" if compute_capability(target) >= 90 else target,
         std="c++17",
         define_macro=[(name, str(value)) for name, value in kernel.defines],
-        include_path=[str(path.parent)],
+        include_path=[str(folder), *([headers] if headers else [])],
         name=kernel.source,
     )
-    program = core.Program(path.read_text(), code_type="c++", options=options)
+    program = core.Program((folder / kernel.source).read_text(), code_type="c++", options=options)
     cubin = bytes(program.compile("cubin").code)
     return cubin, {
         "file": f"{kernel.name}.cubin",

@@ -8,7 +8,7 @@ shows. Shapes are odd on purpose; suffixes as in `puna.ops`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
 from puna.cuda.kernel_table import padded_cols
 from puna.cuda.ops import CudaOps
-from puna.cuda_memory import cuda_specs, padded_rows
+from puna.cuda_memory import padded_rows
 from puna.engine import EngineConfig
 from puna.memory import workspace_specs
+from puna.models.llama.model import Activations, Layer, Llama
 from puna.ops import LayerCache, Linear, Norm, RopeTable, Stream
+from puna.ops.reference import ReferenceOps
 from puna.spec import ModelSpec
 
 # Of a device of tests: (config, arrays, choices, deterministic) -> CudaOps.
@@ -59,13 +61,8 @@ PLAIN = ModelSpec(64, 128, 1, 4, 4, 16, 300, 1024)
 
 def arrays_of(config: EngineConfig, device: str) -> dict[str, torch.Tensor]:
     """The workspace, full of NaN (integers: -1)."""
-    specs = {
-        name: spec
-        for name, spec in workspace_specs(config, 0, "reference").items()
-        if not name.startswith("unpacked.")
-    }
     made = {}
-    for name, (dtype, shape) in {**specs, **cuda_specs(config, 0)}.items():
+    for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items():
         kind = {"float32": torch.float32, "int32": torch.int32, **DTYPES}[dtype.name]
         fill = -1 if kind == torch.int32 else float("nan")
         made[name] = torch.full(shape, fill, dtype=kind, device=device)
@@ -97,10 +94,10 @@ class Bench:
         self.arrays = arrays_of(self.config, device.name)
         choices = Choices(direct_tokens=DIRECT)
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
-        self.rng = torch.Generator().manual_seed(5)
+        self.rng = torch.Generator(self.device).manual_seed(5)
 
     def floats(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.rng).to(self.device)
+        return torch.randn(shape, generator=self.rng, device=self.device)
 
     def rounded(self, *shape: int) -> torch.Tensor:
         return self.floats(*shape).to(self.dtype)
@@ -169,6 +166,12 @@ def project(x_TK: torch.Tensor, linear: Linear, dtype: torch.dtype) -> torch.Ten
     return y_TN if linear.bias_N is None else y_TN + torch.as_tensor(linear.bias_N).to(dtype)
 
 
+def activated(sum_TD: torch.Tensor, norm: Norm, linear: Linear, dtype: torch.dtype) -> torch.Tensor:
+    """What gate_up makes of a residual, in a dtype."""
+    gate_TF, up_TF = project(norm_of(sum_TD.to(dtype), norm), linear, dtype).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_TF) * up_TF
+
+
 both_dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 # One token, a tile's edge, both sides of the bound, and two tiles.
 both_ways = pytest.mark.parametrize("num_tokens", [1, 16, 17, 20, 21, 37])
@@ -189,7 +192,8 @@ def test_embed(device: TestDevice, dtype: str, num_tokens: int) -> None:
         bench.poisoned(num_tokens, SPEC.hidden_size),
         bench.poisoned(num_tokens, SPEC.hidden_size, dtype=bench.dtype),
     )
-    bench.run(lambda: bench.ops.embed(bench.integers(ids), table, x))
+    ids_T = bench.integers(ids)
+    bench.run(lambda: bench.ops.embed(ids_T, table, x))
     assert torch.equal(x.residual_TD, weight_of(table)[expected_ids].float())
     if num_tokens > DIRECT:
         assert not x.partial_TD.any()
@@ -201,7 +205,8 @@ def test_embed_of_no_token_is_zeros(device: TestDevice) -> None:
     table = bench.linear([SPEC.vocab_size], SPEC.hidden_size)
     bench.arrays["last_tokens_R"][:] = 2**30
     x = Stream(bench.poisoned(2, SPEC.hidden_size), bench.poisoned(2, SPEC.hidden_size))
-    bench.run(lambda: bench.ops.embed(bench.integers([-1, 2500]), table, x))
+    ids_T = bench.integers([-1, 2500])
+    bench.run(lambda: bench.ops.embed(ids_T, table, x))
     assert not x.residual_TD.any()
 
 
@@ -307,7 +312,8 @@ def attention_step(
     counts = [-(-context // BLOCK) for _, context in sequences]
     shape = (sum(counts) + 2, heads, BLOCK, size)
     stored = [bench.poisoned(*shape, dtype=bench.dtype) for _ in range(2)]
-    dealt = iter((torch.randperm(sum(counts), generator=bench.rng) + 1).tolist())
+    order = torch.randperm(sum(counts), generator=bench.rng, device=bench.device)
+    dealt = iter((order + 1).tolist())
     table = np.zeros((num_seqs, max_blocks), np.int32)
     contexts: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     for s, (_, context) in enumerate(sequences):
@@ -441,13 +447,8 @@ def test_gate_up(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: in
     act_TF = bench.poisoned(num_tokens, ffn, dtype=bench.dtype)
     bench.run(lambda: bench.ops.gate_up(x, norm, linear, act_TF))
     assert torch.equal(x.residual_TD, sum_TD)
-
-    def activated(dtype: torch.dtype) -> torch.Tensor:
-        y_TN = project(norm_of(sum_TD.to(dtype), norm), linear, dtype)
-        gate_TF, up_TF = y_TN.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate_TF) * up_TF
-
-    assert_near(act_TF, activated(torch.float64), activated(bench.dtype))
+    right, same = (activated(sum_TD, norm, linear, kind) for kind in (torch.float64, bench.dtype))
+    assert_near(act_TF, right, same)
 
 
 @both_dtypes
@@ -480,7 +481,8 @@ def test_head(device: TestDevice, dtype: str, num_tokens: int, rows: list[int]) 
     norm = Norm(bench.floats(SPEC.hidden_size), 1e-5)
     linear = bench.linear([SPEC.vocab_size], SPEC.hidden_size)
     logits_LV = bench.poisoned(len(rows), SPEC.vocab_size)
-    bench.run(lambda: bench.ops.head(x, bench.integers(rows), norm, linear, logits_LV))
+    rows_L = bench.integers(rows)
+    bench.run(lambda: bench.ops.head(x, rows_L, norm, linear, logits_LV))
     assert torch.equal(x.residual_TD, before_TD), "the stream is left as it is"
 
     def logits(dtype: torch.dtype) -> torch.Tensor:
@@ -514,3 +516,172 @@ def test_copy_blocks(device: TestDevice) -> None:
     bench.ops.copy_blocks((kv,), np.array([[1, 2], [2, 3]], np.int32))
     assert torch.equal(kv[:, :, 2], before[:, :, 1]) and torch.equal(kv[:, :, 3], before[:, :, 2])
     assert torch.equal(kv[:, :, [0, 1, 4]], before[:, :, [0, 1, 4]])
+
+
+MODEL = ModelSpec(
+    hidden_size=72,
+    intermediate_size=100,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=24,
+    vocab_size=300,
+    max_position_embeddings=256,
+    attention_bias=True,
+    mlp_bias=True,
+)
+
+
+class TwoModels:
+    """The same random model on the device and in the reference, each with a cache of its own."""
+
+    def __init__(self, bench: Bench, num_blocks: int) -> None:
+        self.bench, spec = bench, bench.spec
+        shape = (num_blocks, spec.num_kv_heads, BLOCK, spec.head_dim)
+        angles = bench.floats(256, spec.head_dim // 2) * 3
+        rope = RopeTable(torch.cos(angles), torch.sin(angles))
+        q, kv, d, f = spec.q_size, spec.kv_size, spec.hidden_size, spec.intermediate_size
+
+        def norm() -> Norm:
+            return Norm(1 + bench.floats(d) / 4, 1e-5)
+
+        def layer() -> Layer:
+            caches = [bench.poisoned(*shape, dtype=bench.dtype) for _ in range(2)]
+            return Layer(
+                norm(),
+                bench.linear([q, kv, kv], d, spec.attention_bias),
+                bench.linear([d], q, spec.attention_bias),
+                norm(),
+                bench.linear([f, f], d, spec.mlp_bias),
+                bench.linear([d], f, spec.mlp_bias),
+                LayerCache(*caches),
+            )
+
+        layers = tuple(layer() for _ in range(spec.num_layers))
+        vocab = [spec.vocab_size]
+        embed, head = bench.linear(vocab, d), bench.linear(vocab, d)
+        self.model = Llama(layers, rope, embed, norm(), head)
+        self.reference = _reference_of(self.model, num_blocks, bench.spec)
+
+    def step(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of the device, of the reference, and the tokens the device chose."""
+        bench, arrays, ops = self.bench, self.bench.arrays, self.bench.ops
+        act = Activations(*(arrays[n] for n in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
+        num_rows = len(batch.logits_rows_L)
+        logits_LV = arrays["logits_LV"][:num_rows]
+        tokens_L = bench.integers([-7] * num_rows)
+        rows_L = bench.integers(range(num_rows))
+
+        def emit() -> None:
+            self.model.forward(ops, batch, act)
+            self.model.logits(ops, batch.logits_rows_L, batch.num_tokens, act, logits_LV)
+            ops.sample_greedy(logits_LV, rows_L, arrays["last_tokens_R"], tokens_L)
+
+        expected_LV = self._expected(batch)  # before the last tokens are others
+        bench.run(emit)
+        return logits_LV, expected_LV, tokens_L
+
+    def _expected(self, batch: ForwardBatch) -> torch.Tensor:
+        spec, num_tokens = self.bench.spec, batch.num_tokens
+        sizes = (spec.hidden_size, spec.hidden_size, spec.q_size, spec.intermediate_size)
+        act = Activations(*(np.zeros((num_tokens, size), np.float32) for size in sizes))
+        on_host = ForwardBatch(
+            *(
+                torch.as_tensor(getattr(batch, field.name)).cpu().numpy()
+                for field in fields(batch)
+                if field.name != "is_decode"
+            )
+        )
+        ids_T, last_R = on_host.token_ids_T, self.bench.arrays["last_tokens_R"].cpu().numpy()
+        known_T = np.where(ids_T < 0, last_R[-1 - np.minimum(ids_T, -1)], ids_T)
+        on_host = replace(on_host, token_ids_T=known_T)
+        ops = ReferenceOps()
+        logits_LV = np.zeros((len(on_host.logits_rows_L), spec.vocab_size), np.float32)
+        ops.record(lambda: self.reference.forward(ops, on_host, act)).run()
+        rows_L = on_host.logits_rows_L
+        ops.record(lambda: self.reference.logits(ops, rows_L, num_tokens, act, logits_LV)).run()
+        return torch.as_tensor(logits_LV, device=self.bench.device).double()
+
+
+def _reference_of(model: Llama, num_blocks: int, spec: ModelSpec) -> Llama:
+    """The model in float32 NumPy, with its keys as the reference has them."""
+
+    def array(x: Any) -> Any:
+        return x.float().cpu().numpy()
+
+    def linear(linear: Linear) -> Linear:
+        bias = None if linear.bias_N is None else array(linear.bias_N)
+        parts = [part.data_NK[: part.num_rows, : part.num_cols] for part in linear.weights]
+        return Linear(tuple(array(part) for part in parts), bias)
+
+    def norm(norm: Norm) -> Norm:
+        return Norm(array(norm.weight_D), norm.eps)
+
+    def cache() -> LayerCache:
+        keys = (num_blocks, spec.num_kv_heads, spec.head_dim, BLOCK)
+        values = (num_blocks, spec.num_kv_heads, BLOCK, spec.head_dim)
+        return LayerCache(np.zeros(keys, np.float32), np.zeros(values, np.float32))
+
+    layers = tuple(
+        Layer(
+            norm(layer.attn_norm),
+            linear(layer.qkv),
+            linear(layer.o),
+            norm(layer.mlp_norm),
+            linear(layer.gate_up),
+            linear(layer.down),
+            cache(),
+        )
+        for layer in model.layers
+    )
+    rope = RopeTable(array(model.rope.cos_PE), array(model.rope.sin_PE))
+    assert model.embed is not None and model.norm is not None and model.head is not None
+    return Llama(layers, rope, linear(model.embed), norm(model.norm), linear(model.head))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"), [("float16", False), ("bfloat16", False), ("float16", True)]
+)
+def test_model_against_the_reference(device: TestDevice, dtype: str, deterministic: bool) -> None:
+    """A padded step of many tokens with two prompts, then tokens that only the device knows, with a
+    sequence of padding."""
+    bench = Bench(device, MODEL, dtype, deterministic=deterministic, max_seq_len=256)
+    models = TwoModels(bench, 5)
+    table = np.zeros((8, 4), np.int32)
+    table[0, :2], table[1, :2] = [3, 1], [4, 2]
+    lens, padded = [70, 9], 96
+    positions = [*range(70), *range(9)]
+    slots = [
+        int(table[s, p // BLOCK]) * BLOCK + p % BLOCK for s, n in enumerate(lens) for p in range(n)
+    ]
+    ids = torch.arange(79).mul(37).remainder(300).tolist()
+    rest = padded - 79
+    batch = ForwardBatch(
+        bench.integers([*ids, *[0] * rest]),
+        bench.integers([*positions, *[0] * rest]),
+        bench.integers([*slots, *range(rest)]),
+        bench.integers([0, 70, *[79] * 7]),
+        bench.integers([*lens, *[0] * 6]),
+        bench.integers(table),
+        bench.integers([69, 78]),
+    )
+    tolerance = 4e-3 if dtype == "float16" else 3e-2
+    found_LV, expected_LV, tokens_L = models.step(batch)
+    assert error(found_LV, expected_LV) < tolerance
+    assert torch.equal(tokens_L.long(), found_LV.argmax(dim=1))
+    for step in range(3):
+        lens = [n + 1 for n in lens]
+        at = [int(table[s, (n - 1) // BLOCK]) * BLOCK + (n - 1) % BLOCK for s, n in enumerate(lens)]
+        batch = ForwardBatch(
+            bench.integers([-1, -2, 0]),
+            bench.integers([*(n - 1 for n in lens), 0]),
+            bench.integers([*at, step]),
+            bench.integers([0, 1, 2, 2]),
+            bench.integers([*lens, 0]),
+            bench.integers(table[:3]),
+            bench.integers([0, 1]),
+            is_decode=True,
+        )
+        found_LV, expected_LV, tokens_L = models.step(batch)
+        assert error(found_LV, expected_LV) < tolerance, step
+        assert bench.arrays["last_tokens_R"][:2].tolist() == tokens_L.tolist()

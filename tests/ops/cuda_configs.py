@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Literal
 
 from puna.engine import EngineConfig, Provenance
 from puna.plan import BuildConfig, CheckpointFacts, plan
@@ -13,23 +13,23 @@ BLOCK = 64
 
 def cuda_config(
     spec: ModelSpec,
-    dtype: str = "float16",
+    dtype: Literal["float16", "bfloat16"] = "float16",
     target: str = "sm_90",
     *,
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     max_num_tokens: int = 128,
 ) -> EngineConfig:
-    """What a build for `target` resolves to, as far as kernels and workspace read it."""
+    """What a build for `target` resolves to."""
     provenance = Provenance("tests", "dummy", {}, "0", ())
     facts = CheckpointFacts(spec, {}, GenerationDefaults(), provenance)
     asked = BuildConfig(
-        dtype="float32",
-        target="cpu",
+        dtype=dtype,
+        target=target,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
     )
     config = plan(facts, asked)
-    limits = replace(config.limits, block_size=BLOCK)
-    return replace(config, target=target, dtype=dtype, kv_dtype=dtype, limits=limits)
+    assert config.limits.block_size == BLOCK
+    return config

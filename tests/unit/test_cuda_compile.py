@@ -10,7 +10,7 @@ import pytest
 from cuda_configs import cuda_config
 
 from puna.checkpoint.dummy import parse_preset
-from puna.cuda.kernel_table import KERNELS_FILE, triton_kernels
+from puna.cuda.kernel_table import KERNELS_FILE, CudaSource, triton_kernels
 from puna.errors import ConfigError
 from puna.spec import ModelSpec
 
@@ -84,6 +84,28 @@ def test_launches_know_the_arguments() -> None:
     assert [name for name, _ in gemm["arguments"]] == ["x_MK", "w_NK", "bias_N", "y_MN", "M"]
     assert [kind for _, kind in gemm["arguments"]] == ["*fp16", "*fp16", "*fp32", "*fp32", "i32"]
     assert gemm["constants"]["BLOCK_M"] == 16 and gemm["num_warps"] == 4
+
+
+def test_cuda_sources_compile(tmp_path: Path) -> None:
+    """The way of kernels in CUDA C++, with a macro and the headers that NVRTC does not have."""
+    for module in ("cuda.core", "cuda.bindings.nvrtc"):
+        pytest.importorskip(module, reason="needs cuda-core, cuda-bindings, nvidia-cuda-nvrtc")
+    from puna.cuda.compile import _compile_cuda, _nvrtc_version
+
+    (tmp_path / "scale.cu").write_text(
+        "#include <cuda_fp16.h>\n"
+        'extern "C" __global__ void scale(__half* x) {\n'
+        '    asm volatile("griddepcontrol.wait;");\n'
+        "    x[threadIdx.x] = __hmul(x[threadIdx.x], __float2half(FACTOR));\n"
+        "}\n"
+    )
+    kernel = CudaSource(
+        "scale", "scale.cu", "scale", (("x", "*fp16"),), (("FACTOR", 2),), (("ROWS", 1),), 4, 0
+    )
+    cubin, entry = _compile_cuda(kernel, "sm_90", tmp_path)
+    assert cubin[:4] == b"\x7fELF" and b"scale" in cubin
+    assert entry["arguments"] == [["x", "*fp16"]] and entry["constants"] == {"ROWS": 1}
+    assert _nvrtc_version()[:2] in ("12", "13")
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,14 +46,15 @@ def _attend_block(
         keys_PE = tl.load(keys_NKPE + at)
     else:
         keys_PE = tl.load(keys_NKPE + at, mask=(e < E)[None, :], other=0.0)
-    scores_RP = tl.dot(q_RE, tl.trans(keys_PE)) * SCALE
+    scores_RP = tl.dot(q_RE, tl.trans(keys_PE))
     if IS_MASKED:
         is_seen = (first + p)[None, :] <= position_R[:, None]
         scores_RP = tl.where(is_seen, scores_RP, float("-inf"))
-    new_R = tl.maximum(largest_R, tl.max(scores_RP, axis=1))
-    weight_RP = tl.exp2(scores_RP - new_R[:, None])
+    new_R = tl.maximum(largest_R, tl.max(scores_RP, axis=1) * SCALE)
+    # Fused by hand: were it left to the compiler, a masked block and another might differ in bits.
+    weight_RP = tl.exp2(tl.fma(scores_RP, SCALE, -new_R[:, None]))
     shrink_R = tl.exp2(largest_R - new_R)
-    total_R = total_R * shrink_R + tl.sum(weight_RP, axis=1)
+    total_R = tl.fma(total_R, shrink_R, tl.sum(weight_RP, axis=1))
     acc_RE = acc_RE * shrink_R[:, None]
     if IS_MASKED:
         is_stored = (first + p < num_context)[:, None] & (e < E)[None, :]
