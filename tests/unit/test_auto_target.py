@@ -132,7 +132,9 @@ def test_packages_are_found_without_being_imported(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "__init__.py").write_text("raise AssertionError('imported')")
     (tmp_path / "torch" / "version.py").write_text(text)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "cuda")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("torch", "triton", "cuda")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert find_packages() == Packages((), expected)
