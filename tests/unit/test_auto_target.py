@@ -191,7 +191,7 @@ def test_auto_is_cpu_where_there_is_no_gpu() -> None:
         (
             replace(HERE, cuda=(12, 4)),
             ALL,
-            "built for CUDA 13.0.*runs 12.4: update the driver, inst",
+            "built for CUDA 13.0.*runs 12.4: update the driver.*, inst",
         ),
         (replace(HERE, gpus=(replace(H200, capability=(7, 5)),)), ALL, "7.5.*sm_80, sm_86"),
     ],
