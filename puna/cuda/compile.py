@@ -26,17 +26,6 @@ from puna.engine import EngineConfig
 from puna.errors import ConfigError
 from puna.strict_json import canonical_json
 
-# Bytes of shared memory that one block of threads may have (CUDA C++ programming guide, table of
-# compute capabilities).
-SHARED_LIMITS = (
-    ("sm_80", 163 * 1024),
-    ("sm_86", 99 * 1024),
-    ("sm_89", 99 * 1024),
-    ("sm_90", 227 * 1024),
-    ("sm_100", 227 * 1024),
-    ("sm_120", 99 * 1024),
-)
-
 SOURCES = Path(__file__).parent / "csrc"  # of CUDA C++ kernels
 
 _HOW_TO_INSTALL = 'install the compilers with pip install "puna[cuda]"'
