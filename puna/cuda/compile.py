@@ -27,17 +27,6 @@ from puna.engine import EngineConfig
 from puna.errors import ConfigError
 from puna.strict_json import canonical_json
 
-# Bytes of shared memory that one block of threads may have (CUDA C++ programming guide, table of
-# compute capabilities).
-SHARED_LIMITS = (
-    ("sm_80", 163 * 1024),
-    ("sm_86", 99 * 1024),
-    ("sm_89", 99 * 1024),
-    ("sm_90", 227 * 1024),
-    ("sm_100", 227 * 1024),
-    ("sm_120", 99 * 1024),
-)
-
 SOURCES = Path(__file__).parent / "csrc"  # of CUDA C++ kernels
 
 _HOW_TO_INSTALL = 'install the compilers with pip install "puna[cuda]"'
@@ -165,13 +154,14 @@ def compile_cuda(source: CudaSource, target: str, folder: Path = SOURCES) -> byt
 
 
 def _cuda_entry(kernel: CudaKernel, file: str) -> dict[str, Any]:
-    """Its entry of kernels.json. It has exactly the parameters that it declares."""
+    """Its entry of kernels.json. It has exactly the parameters that it declares, and waits for the
+    kernels before it by itself."""
     return {
         "file": file,
         "entry": kernel.entry,
         "arguments": [list(argument) for argument in kernel.arguments],
         "null_arguments": 0,
-        "constants": {},
+        "constants": {"OVERLAPS": True},
         "num_warps": kernel.num_warps,
         "shared": kernel.shared,
     }

@@ -16,6 +16,8 @@ _STATIC_SHARED = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_TENSOR_MAP_BYTES = 128
+_TENSOR_MAP_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
 _DEFAULT_SHARED = 48 * 1024  # what a launch may have without being asked for
 
 
@@ -54,6 +56,14 @@ class Gpu:
     capability: tuple[int, int]
     num_multiprocessors: int
     total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A CUtensorMap, which a launch copies."""
+
+    memory: ctypes.Array[ctypes.c_char]
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,28 @@ class Driver:
             self._check(result, f"kernel {entry} wants {shared_bytes} bytes of shared memory")
         assert handle.value is not None
         return Function(handle.value, num_threads, shared_bytes)
+
+    def tensor_map(
+        self, address: int, dims: tuple[int, int, int], box: tuple[int, int, int]
+    ) -> TensorMap:
+        """Describe contiguous two-byte numbers for copies of boxes; innermost dimensions first."""
+        # Aligned to 64 bytes, within memory that the map keeps alive.
+        memory = (ctypes.c_char * (_TENSOR_MAP_BYTES + 64))()
+        aligned = -(-ctypes.addressof(memory) // 64) * 64
+        strides = dims[0] * 2, dims[0] * dims[1] * 2
+        result = self._cuda.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(aligned),
+            _TENSOR_MAP_UINT16,
+            3,
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * 3)(*dims),
+            (ctypes.c_uint64 * 2)(*strides),
+            (ctypes.c_uint32 * 3)(*box),
+            (ctypes.c_uint32 * 3)(1, 1, 1),
+            *(0, 0, 0, 0),  # no interleaving, swizzle, fetching ahead into L2, special padding
+        )
+        self._check(result, f"no tensor map of {dims} in boxes of {box}")
+        return TensorMap(memory, aligned)
 
     def launch(
         self,

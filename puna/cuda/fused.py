@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.batch import ForwardBatch
-from puna.cuda.fused_plan import FUSED_ROWS
+from puna.cuda.driver import Driver, TensorMap
+from puna.cuda.fused_plan import FUSED_ROWS, FusedShapes, weight_box
 from puna.cuda.library import Library
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -35,14 +36,24 @@ class _Projection:
 class FusedDecode:
     """The fused operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
-    def __init__(self, library: Library, arrays: dict[str, Tensor], num_ctas: int) -> None:
+    def __init__(
+        self,
+        shapes: FusedShapes,
+        library: Library,
+        driver: Driver,
+        arrays: dict[str, Tensor],
+        num_ctas: int,
+    ) -> None:
         assert num_ctas <= len(arrays["fused_best"]), num_ctas
+        self._shapes = shapes
         self._library = library
+        self._driver = driver
         self._arrays = arrays
         self._num_ctas = num_ctas
         self._projection: _Projection | None = None
         self._num_layers = 0  # recorded so far; neighbours in a step have different numbers
         self._variant = 1  # of the head recorded last
+        self._maps: dict[tuple[str, int], TensorMap] = {}  # by kernel and address
 
     def qkv(
         self,
@@ -75,7 +86,7 @@ class FusedDecode:
         self._launch(
             "qkv",
             num_rows,
-            projection.weight_XK,
+            self._map("qkv", projection.weight_XK),
             self._bias(projection.bias_N),
             x.residual_TD,
             projection.norm.weight_D,
@@ -98,20 +109,21 @@ class FusedDecode:
             self._num_layers,
         )
         bias = self._bias(bias_N)
-        self._launch("out", num_rows, weight_NK, bias, attended_TQ, x.residual_TD, num_rows)
+        weight = self._map("out", weight_NK)
+        self._launch("out", num_rows, weight, bias, attended_TQ, x.residual_TD, num_rows)
 
     def gate_up(
         self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
     ) -> None:
         num_rows, bias = len(act_TF), self._bias(bias_N)
         residual_TD, weight_D = x.residual_TD, norm.weight_D
-        self._launch(
-            "gate_up", num_rows, weight_XK, bias, residual_TD, weight_D, act_TF, num_rows
-        )
+        weight = self._map("gate_up", weight_XK)
+        self._launch("gate_up", num_rows, weight, bias, residual_TD, weight_D, act_TF, num_rows)
 
     def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
         num_rows, bias = len(act_TF), self._bias(bias_N)
-        self._launch("down", num_rows, weight_NK, bias, act_TF, x.residual_TD, num_rows)
+        weight = self._map("down", weight_NK)
+        self._launch("down", num_rows, weight, bias, act_TF, x.residual_TD, num_rows)
 
     def head(
         self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
@@ -121,7 +133,7 @@ class FusedDecode:
         self._launch(
             "head",
             num_rows,
-            weight_NK,
+            self._map("head", weight_NK),
             x.residual_TD,
             norm.weight_D,
             rows_L,
@@ -137,11 +149,18 @@ class FusedDecode:
         best, error = self._arrays["fused_best"], self._arrays["fused_error"]
         arguments = (best, rows_L, last_tokens_R, out_tokens_L, error, self._num_ctas)
         name, grid = f"pick_{self._variant}", (len(rows_L), 1, 1)
-        self._library.launch(name, grid, arguments, is_programmatic=True)
+        self._library.launch(name, grid, arguments, True)
 
-    def _launch(self, kernel: str, num_rows: int, *arguments: Tensor | int) -> None:
+    def _launch(self, kernel: str, num_rows: int, *arguments: Tensor | TensorMap | int) -> None:
         name, grid = f"{kernel}_{_variant(num_rows)}", (self._num_ctas, 1, 1)
-        self._library.launch(name, grid, arguments, is_programmatic=True)
+        self._library.launch(name, grid, arguments, True)
+
+    def _map(self, kernel: str, weight_NK: Tensor) -> TensorMap:
+        key = kernel, weight_NK.data_ptr()
+        if key not in self._maps:
+            dims, box = weight_box(self._shapes, kernel, len(weight_NK))
+            self._maps[key] = self._driver.tensor_map(weight_NK.data_ptr(), dims, box)
+        return self._maps[key]
 
     def _bias(self, bias_N: Tensor | None) -> Tensor:
         """The bias, or what stands for it where the kernel reads none."""

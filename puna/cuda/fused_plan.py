@@ -16,7 +16,8 @@ from puna.weights import extent
 FUSED_ROWS = (1, 8)
 MAX_SPLITS = 16  # parts of a context in attention
 # Mirrors of constants in the source.
-_WARPS, _TILE, _STAGE_BYTES, _REGISTER_UNITS = 8, 8, 8 * (256 * 2 + 64), 36
+_WARPS, _TILE, _CHUNK, _REGISTER_UNITS = 8, 8, 256, 36
+_STAGE_BYTES = _TILE * _CHUNK * 2
 _NUM_BUFFERS = 2 * _WARPS
 _MAX_SHARED = 227 * 1024
 
@@ -61,7 +62,9 @@ def fused_rows(config: EngineConfig) -> tuple[int, ...]:
     if config.target != "sm_90" or config.world_size > 1:
         return ()
     s = fused_shapes(config)
-    sizes_fit = all(size % 256 == 0 for size in (s.hidden, s.q_size, s.ffn))
+    # Whole chunks, and at least one for every warp.
+    least = _CHUNK * _WARPS
+    sizes_fit = all(size % _CHUNK == 0 and size >= least for size in (s.hidden, s.q_size, s.ffn))
     if not sizes_fit or s.head_dim not in (64, 128) or s.group > 8:
         return ()
     kernels = ("qkv", "out", "gate_up", "down", "head")
@@ -77,7 +80,7 @@ def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     """Bytes of dynamic shared memory: `Shared<...>::TOTAL` of the source."""
     num_cols = s.num_cols(kernel)
     stages = 3 if kernel == "down" and rows > 1 else 4
-    units = num_cols // _WARPS // 32
+    units = -(-num_cols // (_CHUNK * _WARPS)) * (_CHUNK // 32)
     in_shared = max(units - _REGISTER_UNITS, 0)
     inputs = num_cols * 2 if rows == 1 else _WARPS * in_shared * 512
     parts = _NUM_BUFFERS * _WARPS * _TILE * rows * 4
@@ -85,6 +88,20 @@ def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     barriers = (_WARPS * stages + _NUM_BUFFERS) * 8
     words = (_WARPS * rows + 8) * 4
     return _WARPS * stages * _STAGE_BYTES + max(inputs + parts, merge) + barriers + words
+
+
+def weight_box(
+    s: FusedShapes, kernel: str, num_rows: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """A kernel's matrix of `num_rows` rows as a tensor of three dimensions, the innermost first,
+    and the box of it that is one copy: a chunk of eight rows that belong together."""
+    num_cols = s.num_cols(kernel)
+    if kernel == "qkv":
+        half = s.head_dim // 2
+        return (num_cols, half, num_rows // half), (_CHUNK, _TILE // 2, 2)
+    if kernel == "gate_up":
+        return (num_cols, s.ffn, 2), (_CHUNK, _TILE // 2, 2)
+    return (num_cols, num_rows, 1), (_CHUNK, _TILE, 1)
 
 
 def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:

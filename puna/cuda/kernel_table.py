@@ -7,8 +7,9 @@ GPU. Kernels of a target of its own (CUDA C++) are listed in `cuda_sources`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from puna.cuda.gemm_shapes import gemm_shape
 from puna.cuda_memory import ARGMAX_CHUNK, MAX_PARTS, padded_rows
 from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
 from puna.engine import EngineConfig
@@ -21,7 +22,7 @@ KERNELS_FILE = "kernels.json"  # in it: all that a launch must know
 
 GEMM_TILES = (16, 32, 64)  # tokens a program
 # Attention of a decode batch: a part of a context has at least so many blocks.
-MIN_PART_BLOCKS = 2
+MIN_PART_BLOCKS = 4
 ROPE_HEADS = 16
 ROW_BLOCK = 1024
 
@@ -42,7 +43,7 @@ class TritonKernel:
 @dataclass(frozen=True)
 class CudaKernel:
     """A kernel of a CUDA C++ source: `entry` is an extern "C" function, `arguments` are the types of
-    its parameters as in `TritonKernel`."""
+    its parameters as in `TritonKernel`; "map" is a tensor map."""
 
     name: str
     entry: str
@@ -109,13 +110,20 @@ def power_of_two(n: int) -> int:
 def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
     """Every Triton kernel of an engine."""
     shapes, dtype = _shapes(config), {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
-    eps = config.spec.rms_norm_eps
-    return (
-        *_row_kernels(shapes, dtype, eps, config.spec.attention_bias, config.spec.mlp_bias),
-        *_gemms(shapes, dtype, config.spec.attention_bias, config.spec.mlp_bias),
-        *_attention(shapes, dtype, config.target),
+    spec, target = config.spec, config.target
+    kernels = (
+        *_row_kernels(shapes, dtype, spec.rms_norm_eps, spec.attention_bias, spec.mlp_bias),
+        *_gemms(shapes, dtype, target, spec.attention_bias, spec.mlp_bias),
+        *_attention(shapes, dtype, target),
         *_argmax(shapes),
     )
+    flag = ("OVERLAPS", overlaps(target))
+    return tuple(replace(kernel, constants=(*kernel.constants, flag)) for kernel in kernels)
+
+
+def overlaps(target: str) -> bool:
+    """Whether kernels of a target may start before those in front of them have ended."""
+    return target in ("sm_90", "sm_100", "sm_120")
 
 
 def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
@@ -126,7 +134,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
 def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     shapes = fused_shapes(config)
-    weight = (("w", dtype), ("bias", "*fp32"))
+    weight = (("w", "map"), ("bias", "*fp32"))
     residual, count = (("h", "*fp32"),), (("num_rows", "i32"),)
     norm = (*residual, ("gamma", "*fp32"))
     step = tuple((name, "*i32") for name in ("positions", "slots", "seq_lens", "block_table"))
@@ -150,7 +158,7 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
         "gate_up": (*weight, *norm, ("y", dtype), *count),
         "down": (*weight, ("x", dtype), *residual, *count),
         "head": (
-            ("w", dtype),
+            ("w", "map"),
             *norm,
             ("rows", "*i32"),
             ("logits", "*fp32"),
@@ -235,7 +243,9 @@ def _row_kernels(
     return kernels
 
 
-def _gemms(s: _Shapes, dtype: str, attention_bias: bool, mlp_bias: bool) -> list[TritonKernel]:
+def _gemms(
+    s: _Shapes, dtype: str, target: str, attention_bias: bool, mlp_bias: bool
+) -> list[TritonKernel]:
     up_at = padded_rows(s.f)
     kernels = []
     for role, num_rows, num_cols, row_stride, epilogue, has_bias in (
@@ -250,15 +260,15 @@ def _gemms(s: _Shapes, dtype: str, attention_bias: bool, mlp_bias: bool) -> list
         arguments += (("M", "i32"),)
         cols = padded_cols(num_cols)
         for tile in GEMM_TILES:
+            shape = gemm_shape(target, num_rows, cols, epilogue, tile, overlaps(target))
             constants = (("N", num_rows), ("K", num_cols), ("KP", cols), ("YS", row_stride))
             constants += (("UP_AT", up_at), ("EPILOGUE", epilogue), ("HAS_BIAS", has_bias))
-            # 32 rows halve what is read of x; 16 put more programs to work where N is small.
-            block_n = 16 if epilogue == "silu" or (num_rows <= 4096 and tile == 16) else 32
-            block_k = 128 if cols % 128 == 0 else 64
-            constants += (("BLOCK_M", tile), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
-            stages = 4 if tile <= 32 else 3
-            name = f"gemm_{role}_{tile}"
-            kernels.append(TritonKernel(name, "gemm", "gemm", arguments, constants, 4, stages))
+            constants += (("BLOCK_M", tile), ("BLOCK_N", shape.block_n))
+            constants += (("BLOCK_K", shape.block_k), ("EARLY", shape.early))
+            name, warps = f"gemm_{role}_{tile}", shape.num_warps
+            kernels.append(
+                TritonKernel(name, "gemm", "gemm", arguments, constants, warps, shape.num_stages)
+            )
     return kernels
 
 

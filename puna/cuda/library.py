@@ -73,14 +73,21 @@ class Library:
         name: str,
         grid: tuple[int, int, int],
         arguments: tuple[Any, ...],
-        *,
-        is_programmatic: bool = False,
+        overlaps: bool,
     ) -> None:
-        """Run on the current stream; tensors are passed as pointers, numbers as int32."""
+        """Run on the current stream; tensors are passed as pointers, numbers as int32, tensor maps
+        as they are.
+
+        `overlaps`: it may start before the kernel in front has ended, if it was compiled with the
+        constant OVERLAPS, which says that it waits by itself.
+        """
         kernel = self._kernels[name]
         assert len(arguments) == len(kernel.arguments), (name, len(arguments))
         values: list[Any] = []
         for value, (argument, kind) in zip(arguments, kernel.arguments, strict=True):
+            if kind == "map":
+                values.append(ctypes.c_char.from_address(value.address))
+                continue
             if not kind.startswith("*"):
                 values.append(ctypes.c_int32(value))
                 continue
@@ -90,8 +97,9 @@ class Library:
             values.append(ctypes.c_void_p(pointer))
         values += [ctypes.c_void_p(None)] * kernel.num_null
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        overlaps = overlaps and bool(kernel.constants.get("OVERLAPS", False))
         self._driver.launch(
-            kernel.function, grid, addresses, self._stream(), is_programmatic=is_programmatic
+            kernel.function, grid, addresses, self._stream(), is_programmatic=overlaps
         )
 
 

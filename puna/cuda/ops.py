@@ -45,8 +45,13 @@ class Matrix:
 class Kernels(Protocol):
     """The engine's compiled kernels by name. `puna.cuda.library.Library` on a GPU."""
 
-    def launch(self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...]) -> None:
-        """Run on the current stream; tensors are passed as pointers, numbers as int32."""
+    def launch(
+        self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...], overlaps: bool
+    ) -> None:
+        """Run on the current stream; tensors are passed as pointers, numbers as int32.
+
+        `overlaps`: it may start before the kernel in front has ended, if it was compiled for that.
+        """
         ...
 
     def constant(self, name: str, key: str) -> int:
@@ -141,7 +146,11 @@ class CudaOps:
         self._is_deterministic = deterministic
         self._fused = fused
         self._state = "idle"
+<<<<<<< HEAD
         self._is_head_fused = False  # of what is being recorded
+=======
+        self._is_behind_a_kernel = False  # of this backend's own
+>>>>>>> d-runtime
         self._known_products: set[tuple[int, int, int]] = set()
 
     def load_matrix(
@@ -164,6 +173,7 @@ class CudaOps:
             self._state = "preparing"
             self._recorder.prepare(emit)
             self._state = "recording"
+            self._is_behind_a_kernel = False
             return self._recorder.record(emit)
         finally:
             self._state = "idle"
@@ -403,10 +413,13 @@ class CudaOps:
         if self._is_recording() or key not in self._known_products:
             torch.mm(x_TK, w_NK[:num_rows, :num_cols].T, out=y_TN)
             self._known_products.add(key)
+            self._is_behind_a_kernel = False
 
     def _launch(self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...]) -> None:
         if self._is_recording():
-            self._kernels.launch(name, grid, arguments)
+            overlaps = self._choices.overlaps and self._is_behind_a_kernel
+            self._kernels.launch(name, grid, arguments, overlaps)
+            self._is_behind_a_kernel = True
 
     def _is_recording(self) -> bool:
         assert self._state != "idle", "operations are called inside record() only"

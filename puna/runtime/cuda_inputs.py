@@ -57,12 +57,12 @@ class StepShapes:
 
     def __init__(self, limits: Limits) -> None:
         self.most_seqs = limits.max_batch_size
-        self._decode = _next_of(decode_sizes(limits.max_batch_size))
+        sizes = _next_of(decode_sizes(limits.max_batch_size))
+        self._decode = tuple(StepShape(size, size, size, True) for size in sizes)
         self._prefill = _next_of(prefill_sizes(limits.max_num_tokens))
 
     def decode(self, num_seqs: int) -> StepShape:
-        size = self._decode[num_seqs]
-        return StepShape(size, size, size, True)
+        return self._decode[num_seqs]
 
     def of(self, step: LoweredStep) -> StepShape:
         """The smallest shape that a step fits."""

@@ -23,7 +23,7 @@ from puna.batch import ForwardBatch
 from puna.cuda.choices import choices_for
 from puna.cuda.driver import Driver
 from puna.cuda.fused import FusedDecode
-from puna.cuda.fused_plan import fused_rows
+from puna.cuda.fused_plan import fused_rows, fused_shapes
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library, read_kernels
 from puna.cuda.ops import CudaOps
@@ -348,11 +348,15 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
         ) from error
     check_gpu_memory(config, rank, opening.num_blocks, name, free_bytes)
     num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
+    driver = Driver()
     library = Library(
         read_kernels(opening.engine_dir),
-        Driver(),
+        driver,
         lambda: torch.cuda.current_stream().cuda_stream,
     )
+
+    def make_fused(arrays: dict[str, Tensor]) -> FusedDecode:
+        return FusedDecode(fused_shapes(config), library, driver, arrays, num_ctas)
 
     def make_ops(arrays: dict[str, Tensor]) -> CudaOps:
         return CudaOps(
@@ -363,7 +367,7 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             GraphRecorder(),
             choices_for(fused_rows(config)),
             deterministic=opening.deterministic,
-            fused=FusedDecode(library, arrays, num_ctas) if fused_rows(config) else None,
+            fused=make_fused(arrays) if fused_rows(config) else None,
         )
 
     try:

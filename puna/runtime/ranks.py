@@ -42,6 +42,7 @@ class SessionOptions:
     threads: int | None = None
     max_batch_size: int | None = None
     max_num_tokens: int | None = None
+    deterministic: bool = False
 
 
 class RankedSession:
@@ -150,6 +151,7 @@ def _open(
         # BLAS has its threads already, and would use the other ranks' cores too.
         threads=options.threads or num_cores(),
         comm=comm,
+        deterministic=options.deterministic,
         progress=progress,
     )
 

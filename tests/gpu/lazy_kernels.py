@@ -38,10 +38,12 @@ class LazyKernels:
     def constant(self, name: str, key: str) -> Any:
         return dict(self._specs[name].constants)[key]
 
-    def launch(self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+    def launch(
+        self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...], overlaps: bool
+    ) -> None:
         if name not in self._loaded:
             cubin, entry = _compile_triton(self._specs[name], self._config)
             table = {"target": self._config.target, "kernels": {name: entry}}
             files = {entry["file"]: cubin, KERNELS_FILE: json.dumps(table).encode()}
             self._loaded[name] = Library(files, self._driver, current_stream)
-        self._loaded[name].launch(name, grid, arguments)
+        self._loaded[name].launch(name, grid, arguments, overlaps)

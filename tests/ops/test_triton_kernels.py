@@ -54,12 +54,15 @@ else:
         def constant(self, name: str, key: str) -> Any:
             return dict(self._kernels[name].constants)[key]
 
-        def launch(self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        def launch(
+            self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...], overlaps: bool
+        ) -> None:
             kernel = self._kernels[name]
             module = importlib.import_module(f"puna.cuda.kernels.{kernel.module}")
             names = [argument for argument, _ in kernel.arguments]
             given = dict(zip(names, arguments, strict=True))
-            getattr(module, kernel.function)[grid](**given, **dict(kernel.constants))
+            constants = {**dict(kernel.constants), "OVERLAPS": False}  # one after the other
+            getattr(module, kernel.function)[grid](**given, **constants)
 
     def float32_of(handle: TensorHandle) -> Any:
         if str(handle.dtype.scalar) != "bf16":

@@ -9,6 +9,7 @@ import pytest
 from cuda_configs import cuda_config
 
 from puna.checkpoint.dummy import parse_preset
+from puna.cuda.gemm_shapes import SHARED_LIMITS
 from puna.cuda.kernel_table import KERNELS_FILE, cuda_sources, triton_kernels
 from puna.errors import ConfigError
 from puna.spec import ModelSpec
@@ -47,15 +48,13 @@ CASES = [
 
 @pytest.mark.parametrize(("target", "spec", "dtype"), CASES)
 def test_every_kernel_compiles(target: str, spec: ModelSpec, dtype: str) -> None:
-    from puna.cuda.compile import SHARED_LIMITS
-
     files, table = compile_all(spec, dtype, target)
     assert table["target"] == target and table["compilers"]["triton"]
     kernels = triton_kernels(cuda_config(spec, dtype, target))
     assert {kernel.name for kernel in kernels} <= set(table["kernels"])
     for name, entry in table["kernels"].items():
         assert files[entry["file"]][:4] == b"\x7fELF", name
-        assert entry["shared"] <= dict(SHARED_LIMITS)[target], (name, entry["shared"])
+        assert entry["shared"] <= SHARED_LIMITS[target], (name, entry["shared"])
         assert entry["entry"].encode() in files[entry["file"]], name
     assert set(files) == {KERNELS_FILE, *(entry["file"] for entry in table["kernels"].values())}
 

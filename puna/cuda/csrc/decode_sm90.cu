@@ -3,8 +3,8 @@
 // and pick. For up to ROWS tokens, each of a sequence of its own.
 //
 // One scheme for all. A CTA an SM, eight warps. Weights are rows of a matrix [Np, K]; a CTA owns consecutive tiles of eight
-// rows, and warp w the w-th eighth of their columns. It streams them through a ring of its own in shared memory (one bulk copy
-// a row and stage, one barrier a stage), so that in the main loop no warp waits for another. Products are mma.m16n8k16, tokens
+// rows, and warp w about an eighth of their columns, in chunks of 256. It streams them through a ring of its own in shared memory
+// (a chunk of all eight rows is one copy, one stage, one barrier), so that in the main loop no warp waits for another. Products are mma.m16n8k16, tokens
 // the rows and the weights of a tile the columns. A warp's sums of a tile go to shared memory; the warps take turns to add up the
 // eight parts, in order, and to finish the tile. So the order of a row's sum depends on nothing else.
 //
@@ -21,15 +21,13 @@
 #include "sm90.cuh"
 
 constexpr int NW = 8, NT = 32 * NW, TILE = 8, CHUNK = 256, UNIT = 32;
-constexpr int PACE = 8;                             // rings are filled with so many stages under way in a CTA at once
-constexpr int ROW_BYTES = CHUNK * 2 + 64;           // 64: two rows of a fragment load lie in different halves of the banks
-constexpr int STAGE = TILE * ROW_BYTES;
+constexpr int ROW_BYTES = CHUNK * 2, STAGE = TILE * ROW_BYTES;
 constexpr int NBUF = 2 * NW;                        // tiles whose parts may be under way
 constexpr int REGISTER_UNITS = 36;                  // of the input's fragments that a warp keeps in registers; more in shared memory
 constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
 constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
 constexpr int TOKENS = 16;                          // of a stage of keys or values
-constexpr int KV_ROW = HEAD_DIM * 2 + 32;           // 32: few bank conflicts, of loads by row and by column
+constexpr int KV_ROW = HEAD_DIM * 2;
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
 constexpr int PARTIES = 8;                          // that share a task of attention
 constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
@@ -41,7 +39,6 @@ static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product"
 enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
 
 struct Args {
-  const u16* w;             // [Np, K]
   const float* bias;        // [N], where the kernel has one
   const u16* x;             // OUT, DOWN: [ROWS, K]
   float* h;                 // the residual [ROWS, HIDDEN]
@@ -74,9 +71,29 @@ __device__ __forceinline__ int weight_row(int tile, int r) {
   if (MODE == GATE_UP) return tile * (TILE / 2) + (r >> 1) + (r & 1) * FFN;
   return tile * TILE + r;
 }
+// The same tile as a box of the matrix, whose map has these dimensions from the innermost on, in boxes of (CHUNK, 4, 2) or
+// (CHUNK, 8, 1): QKV (K, HEAD_DIM / 2, 2 ALL_HEADS), GATE_UP (K, FFN, 2), others (K, Np, 1). A box's rows follow each other.
+template <int MODE>
+__device__ __forceinline__ void load_tile(u32 dst, const TensorMap& map, int tile, int column, u32 bar, u64 policy) {
+  const int y = MODE == QKV ? tile % TILES_A_HEAD * 4 : MODE == GATE_UP ? tile * 4 : tile * 8;
+  box_load(dst, map, column, y, MODE == QKV ? tile / TILES_A_HEAD * 2 : 0, bar, policy);
+}
+template <int MODE>
+__device__ __forceinline__ int box_row(int r) {
+  return MODE == QKV || MODE == GATE_UP ? (r >> 1) + (r & 1) * 4 : r;
+}
 __device__ constexpr int num_rows_of(int mode) {
   return mode == QKV ? ALL_HEADS * HEAD_DIM : mode == GATE_UP ? 2 * FFN : mode == HEAD ? (VOCAB + TILE - 1) / TILE * TILE : HIDDEN;
 }
+
+// A warp's share of the columns: every eighth chunk, so that what the warps request at about the same time lies side by side.
+template <int K>
+struct Slice {
+  static constexpr int ALL = K / CHUNK, MOST = (ALL + NW - 1) / NW;
+  static constexpr bool IS_EVEN = ALL % NW == 0;
+  static __device__ __forceinline__ int count(int warp) { return (ALL + NW - 1 - warp) / NW; }
+  static __device__ __forceinline__ int column(int warp, int c) { return (warp + c * NW) * CHUNK; }
+};
 
 // Stages of a warp's ring. Of one row 3 and 5 are up to 1 % slower than 4 (H100, 2026-11-25); `down` of more rows needs the room.
 __device__ constexpr int num_stages(int mode) { return mode == DOWN && ROWS > 1 ? 3 : 4; }
@@ -84,7 +101,7 @@ __device__ constexpr int num_stages(int mode) { return mode == DOWN && ROWS > 1 
 // Shared memory of a kernel: rings, [input | parts of tiles] or [attention of the warps], barriers, a few words.
 template <int MODE, int K>
 struct Shared {
-  static constexpr int STAGES = num_stages(MODE), UNITS = K / NW / UNIT;
+  static constexpr int STAGES = num_stages(MODE), UNITS = Slice<K>::MOST * CHUNK / UNIT;
   static constexpr int IN_SHARED = UNITS > REGISTER_UNITS ? UNITS - REGISTER_UNITS : 0;     // units, of each warp
   static constexpr int RINGS = NW * STAGES * STAGE;
   static constexpr int INPUT = ROWS == 1 ? K * 2 : NW * IN_SHARED * 512;
@@ -112,29 +129,28 @@ struct Ring {
   }
 };
 
-// What a warp requests of the weights: its columns of the CTA's tiles, a row a lane.
+// What a warp requests of the weights: its chunks of the CTA's tiles.
 template <int MODE, int K>
 struct Weights {
-  static constexpr int SLICE = K / NW, CHUNKS = (SLICE + CHUNK - 1) / CHUNK, TAIL = SLICE - (CHUNKS - 1) * CHUNK;
-  const u16 *w, *src;
-  int left, tile, chunk = 0;
-  __device__ __forceinline__ void start(const Args& p, int first, int last, int warp, int lane) {
-    w = p.w + warp * SLICE;
-    tile = first;
-    left = (last - first) * CHUNKS;
-    src = w + (size_t)weight_row<MODE>(first, lane & 7) * K;
+  int warp, num_chunks, left, tile, chunk = 0;
+  __device__ __forceinline__ void start(int first_tile, int last_tile, int which) {
+    warp = which;
+    num_chunks = Slice<K>::count(warp);
+    tile = first_tile;
+    left = (last_tile - first_tile) * num_chunks;
   }
   template <class R>
-  __device__ __forceinline__ void request(R& ring, int lane, u64 policy) {
-    const u32 bytes = (TAIL == CHUNK || chunk < CHUNKS - 1 ? CHUNK : TAIL) * 2, bar = ring.full + ring.in * 8;
-    if (lane == 0) mbar_expect(bar, bytes * TILE);
-    if (lane < TILE) bulk_load(ring.data + ring.in * STAGE + lane * ROW_BYTES, src, bytes, bar, policy);
-    src += CHUNK;
+  __device__ __forceinline__ void request(const TensorMap& map, R& ring, int lane, u64 policy) {
+    if (lane == 0) {
+      const u32 bar = ring.full + ring.in * 8;
+      mbar_expect(bar, STAGE);
+      load_tile<MODE>(ring.data + ring.in * STAGE, map, tile, Slice<K>::column(warp, chunk), bar, policy);
+    }
     ring.next_in();
     --left;
-    if (++chunk == CHUNKS) {
+    if (++chunk == num_chunks) {
       chunk = 0;
-      src = w + (size_t)weight_row<MODE>(++tile, lane & 7) * K;
+      ++tile;
     }
   }
 };
@@ -145,10 +161,11 @@ struct Weights {
 // without a task, so the bits do not depend on it.
 struct Task {
   int id, seq, kv, start, end, party, at, split, num_splits;    // at: the next token of the party's
-  __device__ __forceinline__ bool find(const Args& p, int first_party) {
+  // `lens`: of sequence i in lane i. All lanes of a warp call this together.
+  __device__ __forceinline__ bool find(int num_rows, int lens, int first_party) {
     int n = id;
-    for (seq = 0; seq < p.num_rows; ++seq) {
-      const int len = __ldg(p.seq_lens + seq), part = split_len(len);
+    for (seq = 0; seq < num_rows; ++seq) {
+      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
       num_splits = (len + part - 1) / part;
       if (n < num_splits * KV_HEADS) {
         split = n / KV_HEADS;
@@ -171,10 +188,10 @@ struct Task {
     while (part * MAX_SPLITS < len) part *= 2;
     return part;
   }
-  static __device__ __forceinline__ int count(const Args& p) {
+  static __device__ __forceinline__ int count(int num_rows, int lens) {
     int n = 0;
-    for (int seq = 0; seq < p.num_rows; ++seq) {
-      const int len = __ldg(p.seq_lens + seq), part = split_len(len);
+    for (int seq = 0; seq < num_rows; ++seq) {
+      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
       n += (len + part - 1) / part * KV_HEADS;
     }
     return n;
@@ -183,9 +200,10 @@ struct Task {
 
 // Who of a CTA's warps works on which task: groups of `width` warps.
 struct Team {
-  int width, group, index, first_id, stride;
-  __device__ __forceinline__ void form(const Args& p, int warp) {
-    width = Task::count(p) > gridDim.x ? NW / 2 : NW;
+  int width, group, index, first_id, stride, lens;
+  __device__ __forceinline__ void form(const Args& p, int warp, int lane) {
+    lens = lane < p.num_rows ? __ldg(p.seq_lens + lane) : 0;
+    width = Task::count(p.num_rows, lens) > gridDim.x ? NW / 2 : NW;
     group = warp / width;
     index = warp % width;
     first_id = blockIdx.x + group * gridDim.x;
@@ -203,13 +221,13 @@ struct CachedTokens {
   bool more = false, is_value = false;
   int base = 0, blocks = 0;   // blocks: of the task's blocks from the base-th on, one a lane
   __device__ __forceinline__ void start(const Args& p, int warp, int lane) {
-    team.form(p, warp);
+    team.form(p, warp, lane);
     task.id = team.first_id;
     find(p, lane);
   }
   __device__ __forceinline__ void find(const Args& p, int lane) {
     for (;; task.id += team.stride) {
-      more = task.find(p, team.index);
+      more = task.find(p.num_rows, team.lens, team.index);
       if (!more) return;
       if (task.at < task.end) return load_blocks(p, 0, lane);
     }
@@ -236,8 +254,10 @@ struct CachedTokens {
     if (nth < base || nth >= base + 32) load_blocks(p, nth / 32 * 32, lane);
     const u16* src = (is_value ? p.values : p.keys) + offset(__shfl_sync(~0u, blocks, nth - base), task.at);
     const u32 bar = ring.full + ring.in * 8;
-    if (lane == 0) mbar_expect(bar, TOKENS * HEAD_DIM * 2);
-    if (lane < TOKENS) bulk_load(ring.data + ring.in * STAGE + lane * KV_ROW, src + lane * HEAD_DIM, HEAD_DIM * 2, bar, policy);
+    if (lane == 0) {
+      mbar_expect(bar, TOKENS * KV_ROW);
+      bulk_load(ring.data + ring.in * STAGE, src, TOKENS * KV_ROW, bar, policy);
+    }
     ring.next_in();
     is_value = !is_value;
     if (is_value) return;
@@ -292,27 +312,29 @@ __device__ __forceinline__ void load_row(const Args& p, unsigned char* input, fl
 // The input of up to eight rows, as fragments: lane (g, t) has columns 8t to 8t + 7 of each unit of row g.
 template <bool NORM, bool PICKS, int K>
 struct Fragments {
-  static constexpr int UNITS = K / NW / UNIT, IN_REGISTERS = UNITS < REGISTER_UNITS ? UNITS : REGISTER_UNITS;
+  static constexpr int UNITS = Slice<K>::MOST * CHUNK / UNIT, IN_REGISTERS = UNITS < REGISTER_UNITS ? UNITS : REGISTER_UNITS;
   u32 f[IN_REGISTERS][4];
   u32 rest;                 // of the lane, in shared memory
   // `scratch`: K floats that are free until the next barrier.
   __device__ __forceinline__ void load(const Args& p, unsigned char* input, float* scratch, float* words, int warp, int lane) {
-    const int g = lane >> 2, t = lane & 3, at = warp * (K / NW) + t * 8;
+    const int g = lane >> 2, t = lane & 3, num_units = Slice<K>::count(warp) * (CHUNK / UNIT);    // UNITS, or a chunk less
     const bool is_row = g < p.num_rows;
+    auto is_mine = [&](int u) { return is_row && (Slice<K>::IS_EVEN || u < num_units); };
+    auto column = [&](int u) { return Slice<K>::column(warp, u / (CHUNK / UNIT)) + u % (CHUNK / UNIT) * UNIT + t * 8; };
     rest = smem32(input) + (warp * (UNITS - IN_REGISTERS) * 32 + lane) * 16;
     if constexpr (!NORM) {
       grid_wait();
 #pragma unroll
-      for (int u = 0; u < UNITS; ++u) set(u, is_row ? ldcg128(p.x + (size_t)g * K + at + u * UNIT) : make_uint4(0, 0, 0, 0));
+      for (int u = 0; u < UNITS; ++u) set(u, is_mine(u) ? ldcg128(p.x + (size_t)g * K + column(u)) : make_uint4(0, 0, 0, 0));
     } else {
       for (int i = threadIdx.x; i < K / 4; i += NT) reinterpret_cast<float4*>(scratch)[i] = ldg_f4(p.gamma + i * 4);
-      const float* h = p.h + (size_t)(PICKS && is_row ? __ldg(p.rows + g) : g) * K + at;
+      const float* h = p.h + (size_t)(PICKS && is_row ? __ldg(p.rows + g) : g) * K;
       grid_wait();
       float4 a[UNITS], b[UNITS];
 #pragma unroll
       for (int u = 0; u < UNITS; ++u) {
-        a[u] = is_row ? ldcg_f4(h + u * UNIT) : make_float4(0, 0, 0, 0);
-        b[u] = is_row ? ldcg_f4(h + u * UNIT + 4) : make_float4(0, 0, 0, 0);
+        a[u] = is_mine(u) ? ldcg_f4(h + column(u)) : make_float4(0, 0, 0, 0);
+        b[u] = is_mine(u) ? ldcg_f4(h + column(u) + 4) : make_float4(0, 0, 0, 0);
       }
       float sum = 0;
 #pragma unroll
@@ -329,7 +351,8 @@ struct Fragments {
       const float r = rsqrtf(total / K + EPS);
 #pragma unroll
       for (int u = 0; u < UNITS; ++u) {
-        const float4 c = *reinterpret_cast<float4*>(scratch + at + u * UNIT), d = *reinterpret_cast<float4*>(scratch + at + u * UNIT + 4);
+        const int from = Slice<K>::IS_EVEN || u < num_units ? column(u) : 0;
+        const float4 c = *reinterpret_cast<float4*>(scratch + from), d = *reinterpret_cast<float4*>(scratch + from + 4);
         set(u, make_uint4(pack2(a[u].x * r * c.x, a[u].y * r * c.y), pack2(a[u].z * r * c.z, a[u].w * r * c.w),
                           pack2(b[u].x * r * d.x, b[u].y * r * d.y), pack2(b[u].z * r * d.z, b[u].w * r * d.w)));
       }
@@ -473,8 +496,8 @@ template <class R, class Refill>
 __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
   Task task;
-  for (task.id = team.first_id; task.find(p, team.index); task.id += team.stride) {
-    const int len = __ldg(p.seq_lens + task.seq);
+  for (task.id = team.first_id; task.find(p.num_rows, team.lens, team.index); task.id += team.stride) {
+    const int len = __shfl_sync(~0u, team.lens, task.seq);
     const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
     const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
     Fresh fresh;
@@ -613,9 +636,8 @@ __device__ __forceinline__ void store_best(const Args& p, float2 best, float2* e
 }
 
 template <int MODE, int K>
-__device__ __forceinline__ void run(const Args& p) {
+__device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   using Layout = Shared<MODE, K>;
-  using Stream = Weights<MODE, K>;
   constexpr int STAGES = Layout::STAGES;
   constexpr bool NORM = MODE == QKV || MODE == GATE_UP || MODE == HEAD;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -631,11 +653,11 @@ __device__ __forceinline__ void run(const Args& p) {
   constexpr int TILES = num_rows_of(MODE) / TILE;
   const int first = (int)((long long)TILES * blockIdx.x / gridDim.x), last = (int)((long long)TILES * (blockIdx.x + 1) / gridDim.x);
   const u64 policy = evict_first();
-  Stream weights;
-  weights.start(p, first, last, warp, lane);
+  Weights<MODE, K> weights;
+  weights.start(first, last, warp);
   CachedTokens cached;
   auto refill = [&]() {
-    if (weights.left) weights.request(ring, lane, policy);
+    if (weights.left) weights.request(map, ring, lane, policy);
     else if (MODE == QKV && cached.more) cached.request(p, ring, lane, policy);
   };
 
@@ -644,15 +666,12 @@ __device__ __forceinline__ void run(const Args& p) {
   mbar_init_fence();
   launch_dependents();
   __syncthreads();
+  int num_requested = 0;
+  for (; num_requested < STAGES && weights.left; ++num_requested) weights.request(map, ring, lane, policy);
   if (MODE == QKV) {
     cached.start(p, warp, lane);
     cached.prefetch(p, lane);
-  }
-  // Paced: what a burst leaves queued would delay the few loads for which the kernel before waits (1 to 2 % of a step).
-  for (int s = 0, all = weights.left; s < STAGES; ++s) {
-    const int before = s * NW + warp - PACE;
-    if (before >= 0 && before / NW < all) mbar_wait(smem32(bars + before % NW * STAGES + before / NW), 0);
-    refill();
+    for (; num_requested < STAGES && cached.more; ++num_requested) cached.request(p, ring, lane, policy);
   }
 
   Fragments<NORM, MODE == HEAD, K> fragments;
@@ -670,11 +689,12 @@ __device__ __forceinline__ void run(const Args& p) {
     if (i % NW == warp && is_row) finish.load(p, tile, g, t);
     float c0[2] = {}, c1[2] = {};
 #pragma unroll
-    for (int c = 0; c < Stream::CHUNKS; ++c) {
-      const u32 stage = ring.wait() + g * ROW_BYTES + t * 16;
-      const u32 row = smem32(input) + (warp * Stream::SLICE + c * CHUNK) * 2 + t * 16;
+    for (int c = 0; c < Slice<K>::MOST; ++c) {
+      if (!Slice<K>::IS_EVEN && c == Slice<K>::MOST - 1 && c == weights.num_chunks) break;
+      const u32 stage = ring.wait() + box_row<MODE>(g) * ROW_BYTES + t * 16;
+      const u32 row = smem32(input) + Slice<K>::column(warp, c) * 2 + t * 16;
 #pragma unroll
-      for (int u = 0; u < (c < Stream::CHUNKS - 1 ? CHUNK : Stream::TAIL) / UNIT; ++u) {
+      for (int u = 0; u < CHUNK / UNIT; ++u) {
         const uint4 w = lds128(stage + u * UNIT * 2);
         uint4 x = make_uint4(0, 0, 0, 0);
         if constexpr (ROWS == 1) {
@@ -723,41 +743,41 @@ __device__ __forceinline__ void run(const Args& p) {
   static_assert(Shared<mode, k>::TOTAL == SHARED_##name, "shared memory as planned");          \
   extern "C" __global__ __launch_bounds__(NT, 1) void name
 
-KERNEL(qkv, QKV, HIDDEN)(const u16* w, const float* bias, float* h, const float* gamma, const float* cos, const float* sin,
+KERNEL(qkv, QKV, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, const float* cos, const float* sin,
                          const int* positions, const int* slots, const int* seq_lens, const int* block_table, u16* keys, u16* values,
                          u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride,
                          int num_rows, int layer) {
   Args p{};
-  p.w = w; p.bias = bias; p.h = h; p.gamma = gamma; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
+  p.bias = bias; p.h = h; p.gamma = gamma; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
   p.seq_lens = seq_lens; p.block_table = block_table; p.keys = keys; p.values = values; p.attended = attended; p.part = part;
   p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error; p.table_stride = table_stride;
   p.num_rows = num_rows; p.layer = layer;
-  run<QKV, HIDDEN>(p);
+  run<QKV, HIDDEN>(p, w);
 }
 
-KERNEL(out, OUT, Q_SIZE)(const u16* w, const float* bias, const u16* x, float* h, int num_rows) {
+KERNEL(out, OUT, Q_SIZE)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, float* h, int num_rows) {
   Args p{};
-  p.w = w; p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
-  run<OUT, Q_SIZE>(p);
+  p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
+  run<OUT, Q_SIZE>(p, w);
 }
 
-KERNEL(gate_up, GATE_UP, HIDDEN)(const u16* w, const float* bias, float* h, const float* gamma, u16* y, int num_rows) {
+KERNEL(gate_up, GATE_UP, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, u16* y, int num_rows) {
   Args p{};
-  p.w = w; p.bias = bias; p.h = h; p.gamma = gamma; p.y = y; p.num_rows = num_rows;
-  run<GATE_UP, HIDDEN>(p);
+  p.bias = bias; p.h = h; p.gamma = gamma; p.y = y; p.num_rows = num_rows;
+  run<GATE_UP, HIDDEN>(p, w);
 }
 
-KERNEL(down, DOWN, FFN)(const u16* w, const float* bias, const u16* x, float* h, int num_rows) {
+KERNEL(down, DOWN, FFN)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, float* h, int num_rows) {
   Args p{};
-  p.w = w; p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
-  run<DOWN, FFN>(p);
+  p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
+  run<DOWN, FFN>(p, w);
 }
 
-KERNEL(head, HEAD, HIDDEN)(const u16* w, float* h, const float* gamma, const int* rows, float* logits, float2* best, int* epoch,
+KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, float* h, const float* gamma, const int* rows, float* logits, float2* best, int* epoch,
                            int num_rows) {
   Args p{};
-  p.w = w; p.h = h; p.gamma = gamma; p.rows = rows; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
-  run<HEAD, HIDDEN>(p);
+  p.h = h; p.gamma = gamma; p.rows = rows; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
+  run<HEAD, HIDDEN>(p, w);
 }
 
 // tokens[r] = the best of each CTA's best tokens of row r; it becomes the last token of row rows[r] of the mirror. After a lost

@@ -48,6 +48,15 @@ __device__ __forceinline__ void bulk_load(u32 dst, const void* src, u32 bytes, u
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
+// A box of a tensor that is described by a map (cuTensorMapEncodeTiled), at coordinates (x, y, z) from the innermost on.
+struct alignas(64) TensorMap { unsigned char bytes[128]; };
+__device__ __forceinline__ void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2,%3,%4}], [%5], %6;" ::"r"(dst),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void bulk_prefetch(const void* src, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def argmax_chunks(
-    logits_LV, value_LC, index_LC, VS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+    logits_LV,
+    value_LC,
+    index_LC,
+    VS: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The largest number of each BLOCK of a row's first V, and where. Grid: (L, C)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     v = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -36,9 +46,13 @@ def argmax_rows(
     C: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The largest of a row's chunks is its token; `rows` says whose last token it becomes, below 0
     nobody's. Grid: (L,)."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     x = tl.load(value_LC + row * C + c, mask=c < C, other=float("-inf"))

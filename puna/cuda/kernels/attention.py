@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -87,6 +88,7 @@ def prefill(
     TOKENS: tl.constexpr,
     SEQS: tl.constexpr,
     SCALE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (T // TOKENS + S, K). A program takes TOKENS tokens of a sequence and one KV head.
 
@@ -103,9 +105,12 @@ def prefill(
     start = tl.load(query_start_S1 + seq)
     num_new = tl.load(query_start_S1 + seq + 1) - start
     first_token = (tile - start // TOKENS - seq) * TOKENS
+    num_context = tl.load(seq_lens_S + seq)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     if first_token >= num_new:
         return
-    num_context = tl.load(seq_lens_S + seq)
 
     r = tl.arange(0, TOKENS * JP)
     e = tl.arange(0, EP)
@@ -198,6 +203,7 @@ def decode(
     PARTS: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     SCALE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: (S, K, G). The G programs of a sequence and KV head share out the context's parts.
 
@@ -214,6 +220,9 @@ def decode(
     head_R = kv_head * J + r
     is_in = (r < J)[:, None] & (e < E)[None, :]
     at_RE = (seq.to(tl.int64) * H + head_R)[:, None] * E + e[None, :]
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     q_RE = tl.load(q_SQ + at_RE, mask=is_in, other=0.0)
     position_R = tl.zeros((ROWS,), tl.int32) + (num_context - 1)
     table_M = block_table_SM + seq.to(tl.int64) * max_blocks
@@ -265,11 +274,15 @@ def combine(
     P: tl.constexpr,
     PARTS: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Sum the parts of `decode` in order; zeros for a sequence without context. Grid: (S, H)."""
     seq = tl.program_id(0)
     head = tl.program_id(1)
     _, _, num_parts = _parts(tl.load(seq_lens_S + seq), P, MIN_BLOCKS, PARTS)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     if num_parts == 1:
         return
     e = tl.arange(0, EP)

@@ -1,6 +1,8 @@
 """Kernels that take one token's row at a time: embedding, norm, RoPE with KV append, SiLU, bias.
 
-All compute in float32 and round once when they store.
+All compute in float32 and round once when they store. OVERLAPS, here as in the other files: the
+kernel may start before those in front of it have ended, and lets those behind it (programmatic
+dependent launch, from sm_90 on); what others wrote it reads after gdc_wait.
 """
 
 # Triton gives tensors their operators, and constants their values, when it compiles.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -25,11 +28,15 @@ def embed(
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
     CLEAR_PARTIAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """residual = row of the table, zeros where there is no such token. Grid: (T,).
 
     An id below 0 stands for the last token that was sampled for row -1 - id of the mirror.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     token = tl.load(ids_T + t)
@@ -55,6 +62,7 @@ def norm(
     BLOCK: tl.constexpr,
     ADD_PARTIAL: tl.constexpr,
     PICK_ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """out = RMSNorm(residual + partial). Grid: (T,), or (L,) with PICK_ROWS.
 
@@ -63,6 +71,10 @@ def norm(
     """
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
+    weight = tl.load(weight_D + d, mask=d < D, other=0.0)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = t
     if PICK_ROWS:
         row = tl.load(rows_L + t).to(tl.int64)
@@ -72,7 +84,6 @@ def norm(
         if not PICK_ROWS:
             tl.store(residual_TD + row * D + d, x, mask=d < D)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + EPS)
-    weight = tl.load(weight_D + d, mask=d < D, other=0.0)
     y = x * scale * weight
     tl.store(out_TD + t * D + d, y.to(out_TD.dtype.element_ty), mask=d < D)
 
@@ -99,6 +110,7 @@ def rope_append(
     CLIP: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Rotate q and k, store k and v in their slots. Grid: (T, ceil((H + 2 K) / HEADS)).
 
@@ -113,6 +125,9 @@ def rope_append(
     is_value = head >= H + K
     kv_head = tl.where(is_value, head - H - K, head - H)
     at = tl.where(is_query, head * E, tl.where(is_value, V_AT, K_AT) + kv_head * E)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     first = tl.load(qkv_TX + t * XS + at + i, mask=is_in, other=0.0).to(tl.float32)
     second = tl.load(qkv_TX + t * XS + at + i + E // 2, mask=is_in, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -154,10 +169,14 @@ def silu_mul(
     UP_AT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """act = silu(gate) * up; `up` begins at column UP_AT. Grid: (T, ceil(F / BLOCK))."""
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     gate = tl.load(gate_up_TX + t * XS + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(gate_up_TX + t * XS + UP_AT + f, mask=f < F, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -168,10 +187,13 @@ def silu_mul(
 
 
 @triton.jit
-def add_bias(y_TN, bias_N, N: tl.constexpr, BLOCK: tl.constexpr):
+def add_bias(y_TN, bias_N, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """y += bias. Grid: (T, ceil(N / BLOCK))."""
     t = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     y = tl.load(y_TN + t * N + n, mask=n < N, other=0.0).to(tl.float32)
     y += tl.load(bias_N + n, mask=n < N, other=0.0)
     tl.store(y_TN + t * N + n, y.to(y_TN.dtype.element_ty), mask=n < N)

@@ -1,0 +1,182 @@
+"""The skinny products of a model, cut into programs in many ways, and cuBLAS beside them.
+
+    python -m benchmarks.cuda_gemm [--model llama-2-7b] [--dtype float16] [--tiles 16 32 64]
+                                   [--roles qkv o gate_up down head] [--all]
+
+Each way runs in a CUDA graph that goes over copies of the matrix which together are larger than the
+L2 cache. Prints the fastest ways of each product, with TB/s of the weights, and what
+`puna.cuda.gemm_shapes` would take; the table there is filled from here. Needs a GPU and Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+from puna.checkpoint.dummy import parse_preset
+from puna.cuda.compile import _compile_triton
+from puna.cuda.gemm_shapes import SHARED_LIMITS, GemmShape
+from puna.cuda.kernel_table import KERNELS_FILE, TritonKernel, triton_kernels
+from puna.engine import EngineConfig, Provenance
+from puna.plan import BuildConfig, CheckpointFacts, plan
+from puna.spec import GenerationDefaults
+
+MATRIX_BYTES = 400e6  # of all copies
+ROUNDS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time skinny products in many shapes.")
+    parser.add_argument("--model", default="llama-2-7b", metavar="PRESET")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[16, 32, 64])
+    roles = ["qkv", "o", "gate_up", "down", "head"]
+    parser.add_argument("--roles", nargs="+", default=roles, choices=roles)
+    parser.add_argument("--all", action="store_true", help="print every way, not the best four")
+    args = parser.parse_args()
+    import torch
+
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    config = config_for(args.model, args.dtype, target)
+    kernels = {kernel.name: kernel for kernel in triton_kernels(config)}
+    wanted = [kernels[f"gemm_{role}_{tile}"] for role in args.roles for tile in args.tiles]
+    ways = [(kernel, way) for kernel in wanted for way in ways_of(kernel, target)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        compiled = list(pool.map(_compiled, [(way, config) for _, way in ways], chunksize=2))
+    print(f"{torch.cuda.get_device_name()}, {target}, {args.model} {args.dtype}, {len(ways)} ways")
+    for kernel in wanted:
+        matrices = _Matrices(kernel, torch)
+        found = []
+        for (owner, way), made in zip(ways, compiled, strict=True):
+            if owner is kernel and made is not None:
+                found.append((matrices.time(way, made), way))
+        found.sort(key=lambda pair: pair[0])
+        print(f"\n{kernel.name}: cuBLAS {matrices.line(matrices.time_cublas())}")
+        for us, way in found if args.all else found[:4]:
+            print(f"  {matrices.line(us)}  {shape_of(way)}")
+        mine = [us for us, way in found if way.constants == kernel.constants]
+        print(f"  the table's: {matrices.line(mine[0]) if mine else '?'}  {shape_of(kernel)}")
+
+
+def config_for(model: str, dtype: Any, target: str, num_layers: int | None = None) -> EngineConfig:
+    spec = parse_preset(model)
+    spec = replace(spec, num_layers=num_layers or spec.num_layers)
+    facts = CheckpointFacts(spec, {}, GenerationDefaults(), Provenance(model, "dummy", {}, "0", ()))
+    return plan(facts, BuildConfig(dtype=dtype, target=target, max_seq_len=4096))
+
+
+def shape_of(kernel: TritonKernel) -> GemmShape:
+    found: dict[str, Any] = dict(kernel.constants)
+    sizes = (found["BLOCK_N"], found["BLOCK_K"], kernel.num_warps, kernel.num_stages)
+    return GemmShape(*sizes, found["EARLY"])
+
+
+def ways_of(kernel: TritonKernel, target: str) -> Iterator[TritonKernel]:
+    """The kernel as it is, and cut in other ways that fit."""
+    yield kernel
+    constants: dict[str, Any] = dict(kernel.constants)
+    is_pair, tile = constants["EPILOGUE"] == "silu", constants["BLOCK_M"]
+    rows = (8, 16, 32) if is_pair else (16, 32, 64)
+    for block_n, block_k, stages, warps in product(rows, (64, 128, 256), (3, 4, 6), (4, 8)):
+        block_bytes = (block_n * (2 if is_pair else 1) + tile) * block_k * 2
+        early = 1 if is_pair or block_k == 256 else 2
+        if (
+            constants["KP"] % block_k
+            or block_n < 16
+            or stages * block_bytes > SHARED_LIMITS[target]
+        ):
+            continue
+        if warps * 32 * 32 > 2 * block_n * tile * 8 or stages * block_bytes < 24000:
+            continue  # warps with nothing to do; too little on its way
+        cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "EARLY": early}
+        yield replace(
+            kernel,
+            constants=tuple({**constants, **cut}.items()),
+            num_stages=stages,
+            num_warps=warps,
+        )
+
+
+def _compiled(job: tuple[TritonKernel, EngineConfig]) -> tuple[bytes, dict[str, Any]] | None:
+    """In a process of its own. None where it does not compile."""
+    try:
+        return _compile_triton(*job)
+    except Exception:
+        return None
+
+
+class _Matrices:
+    """Copies of one product's matrix, its tokens, and time on them."""
+
+    def __init__(self, kernel: TritonKernel, torch: Any) -> None:
+        self.torch = torch
+        self.constants: dict[str, Any] = dict(kernel.constants)
+        pairs = 2 if self.constants["EPILOGUE"] == "silu" else 1
+        rows = -(-self.constants["N"] // 16) * 16 * pairs
+        dtype = torch.float16 if kernel.arguments[0][1] == "*fp16" else torch.bfloat16
+        self.num_bytes = rows * self.constants["KP"] * 2
+        copies = max(2, round(MATRIX_BYTES / self.num_bytes))
+        shape = (rows, self.constants["KP"])
+        self.weights = [torch.randn(shape, dtype=dtype, device="cuda") for _ in range(copies)]
+        tokens = self.constants["BLOCK_M"]
+        self.x = torch.randn((tokens, self.constants["K"]), dtype=dtype, device="cuda")
+        out = torch.float32 if kernel.arguments[3][1] == "*fp32" else dtype
+        self.y = torch.zeros((tokens, self.constants["YS"]), dtype=out, device="cuda")
+        self.full = torch.zeros((tokens, rows), dtype=dtype, device="cuda")
+        self.bias = torch.zeros(rows, device="cuda")
+
+    def line(self, us: float) -> str:
+        return f"{us:7.2f} us {self.num_bytes / us / 1e6:5.2f} TB/s"
+
+    def time(self, way: TritonKernel, made: tuple[bytes, dict[str, Any]]) -> float:
+        """Microseconds of one product."""
+        from puna.cuda.driver import Driver
+        from puna.cuda.library import Library
+
+        cubin, entry = made
+        table = {"target": "", "kernels": {way.name: entry}}
+        files = {entry["file"]: cubin, KERNELS_FILE: json.dumps(table).encode()}
+        library = Library(files, Driver(), lambda: self.torch.cuda.current_stream().cuda_stream)
+        tokens = len(self.x)
+        grid = (1, -(-self.constants["N"] // shape_of(way).block_n), 1)
+
+        def emit() -> None:
+            for i, w in enumerate(self.weights):
+                library.launch(way.name, grid, (self.x, w, self.bias, self.y, tokens), i > 0)
+
+        return self._time(emit)
+
+    def time_cublas(self) -> float:
+        def emit() -> None:
+            for w in self.weights:
+                self.torch.mm(self.x, w[:, : self.constants["K"]].T, out=self.full)
+
+        return self._time(emit)
+
+    def _time(self, emit: Callable[[], None]) -> float:
+        from puna.cuda.graphs import GraphRecorder
+
+        torch, recorder = self.torch, GraphRecorder()
+        recorder.prepare(emit)
+        program = recorder.record(emit)
+        program.run()
+        best = float("inf")
+        for _ in range(ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            program.run()
+            program.run()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) * 500 / len(self.weights))
+        return best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Steps of a model on a GPU, without a scheduler: ms a step, and where they go.
+
+    python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128]
+                                   [--decode 1 8 16 32 64] [--prefill 128 2048] [--plain]
+
+Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
+times graphs of one operation over all layers. `--plain` launches kernels one after the other.
+Needs a GPU and Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.cuda_gemm import config_for
+from puna.batch import ForwardBatch
+from puna.cuda.choices import choices_for
+from puna.cuda.compile import compile_kernels
+from puna.cuda.kernel_table import padded_cols
+from puna.cuda_memory import padded_rows
+from puna.engine import EngineConfig
+from puna.memory import workspace_specs
+from puna.models.llama.model import Activations, Layer, Llama
+from puna.ops import LayerCache, Linear, Norm, RopeTable
+
+ROUNDS = 9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time steps and their operations.")
+    parser.add_argument("--model", default="llama-2-7b", metavar="PRESET")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[128, 2048])
+    parser.add_argument("--plain", action="store_true", help="without overlapping kernels")
+    parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")
+    args = parser.parse_args()
+    import torch
+
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    config = config_for(args.model, args.dtype, target)
+    start = time.perf_counter()
+    bench = Steps(config, torch, not args.plain, args.direct)
+    print(
+        f"{torch.cuda.get_device_name()}, {target}, {args.model} {args.dtype}: kernels and weights "
+        f"made in {time.perf_counter() - start:.1f} s, {bench.weight_bytes / 1e9:.2f} GB"
+    )
+    for batch in args.decode:
+        bench.report(f"decode {batch} at {args.context}", bench.decode(batch, args.context))
+    for num_tokens in args.prefill:
+        bench.report(f"prefill {num_tokens}", bench.prefill(num_tokens))
+
+
+class Steps:
+    """A model with random weights on the GPU."""
+
+    def __init__(
+        self, config: EngineConfig, torch: Any, overlaps: bool, direct: int | None
+    ) -> None:
+        from puna.cuda.driver import Driver
+        from puna.cuda.graphs import GraphRecorder
+        from puna.cuda.library import Library
+        from puna.cuda.ops import CudaOps
+
+        self.torch, self.config, self.weight_bytes = torch, config, 0
+        files = compile_kernels(config)
+        torch.zeros(1, device="cuda")
+        kernels = Library(files, Driver(), lambda: torch.cuda.current_stream().cuda_stream)
+        self.dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.dtype]
+        kinds = {"float32": torch.float32, "int32": torch.int32, config.dtype: self.dtype}
+        self.arrays = {
+            name: torch.zeros(shape, dtype=kinds[dtype.name], device="cuda")
+            for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items()
+        }
+        choices = replace(choices_for(config.target), overlaps=overlaps)
+        if direct is not None:
+            choices = replace(choices, direct_tokens=direct)
+        self.ops = CudaOps(config, 0, kernels, self.arrays, GraphRecorder(), choices)
+        self.model = self._model()
+
+    def _model(self) -> Llama:
+        spec, torch = self.config.spec, self.torch
+        d, f, q, kv = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
+        rope = RopeTable(self.arrays["rope_cos_PE"], self.arrays["rope_sin_PE"])
+        rope.cos_PE[:] = 1.0
+        blocks = self.config.limits.num_blocks
+        shape = (blocks, spec.num_kv_heads, self.config.limits.block_size, spec.head_dim)
+
+        def linear(sizes: list[int], num_cols: int) -> Linear:
+            rows = sum(map(padded_rows, sizes))
+            data = torch.empty((rows, padded_cols(num_cols)), dtype=self.dtype, device="cuda")
+            data.normal_(std=0.02)
+            data[:, num_cols:] = 0
+            self.weight_bytes += data.numel() * 2
+            parts = data.split([padded_rows(size) for size in sizes])
+            return Linear(
+                tuple(
+                    self.ops.load_matrix({"data": part}, self.config.dtype, (size, num_cols), None)
+                    for part, size in zip(parts, sizes, strict=True)
+                )
+            )
+
+        def norm() -> Norm:
+            return Norm(torch.ones(d, device="cuda"), spec.rms_norm_eps)
+
+        layers = tuple(
+            Layer(
+                norm(),
+                linear([q, kv, kv], d),
+                linear([d], q),
+                norm(),
+                linear([f, f], d),
+                linear([d], f),
+                LayerCache(
+                    *(torch.zeros(shape, dtype=self.dtype, device="cuda") for _ in range(2))
+                ),
+            )
+            for _ in range(spec.num_layers)
+        )
+        vocab = [spec.vocab_size]
+        return Llama(layers, rope, linear(vocab, d), norm(), linear(vocab, d))
+
+    def _integers(self, values: Any) -> Any:
+        return self.torch.tensor(list(values), dtype=self.torch.int32, device="cuda")
+
+    def decode(self, num_seqs: int, context: int) -> ForwardBatch:
+        block = self.config.limits.block_size
+        table = self.torch.zeros_like(self.arrays["block_table_SM"][:num_seqs])
+        a_seq, most = -(-context // block), self.config.limits.num_blocks - 1
+        for seq in range(num_seqs):
+            held = [1 + (seq * a_seq + i) % most for i in range(a_seq)]
+            table[seq, :a_seq] = self._integers(held)
+        last = [int(row[(context - 1) // block]) * block + (context - 1) % block for row in table]
+        return ForwardBatch(
+            self._integers(range(num_seqs)),
+            self._integers([context - 1] * num_seqs),
+            self._integers(last),
+            self._integers(range(num_seqs + 1)),
+            self._integers([context] * num_seqs),
+            table,
+            self._integers(range(num_seqs)),
+            is_decode=True,
+        )
+
+    def prefill(self, num_tokens: int) -> ForwardBatch:
+        block, seqs = self.config.limits.block_size, self.config.limits.max_batch_size
+        table = self.torch.zeros_like(self.arrays["block_table_SM"])
+        count = -(-num_tokens // block)
+        table[0, :count] = self._integers(range(1, 1 + count))
+        return ForwardBatch(
+            self._integers(range(num_tokens)),
+            self._integers(range(num_tokens)),
+            self._integers(range(block, block + num_tokens)),
+            self._integers([0, *[num_tokens] * seqs]),
+            self._integers([num_tokens, *[0] * (seqs - 1)]),
+            table,
+            self._integers([num_tokens - 1]),
+        )
+
+    def report(self, what: str, batch: ForwardBatch) -> None:
+        """A line for the whole step and one for the operations."""
+        ops, arrays, model = self.ops, self.arrays, self.model
+        names = ("residual_TD", "partial_TD", "q_TQ", "act_TF")
+        act = Activations(*(arrays[name] for name in names))
+        num_tokens, num_rows = batch.num_tokens, len(batch.logits_rows_L)
+        x = act.stream(num_tokens)
+        q_TQ, act_TF = act.q_TQ[:num_tokens], act.act_TF[:num_tokens]
+        logits_LV, tokens_L = arrays["logits_LV"][:num_rows], self._integers([0] * num_rows)
+        rows_L = self._integers(range(num_rows))
+
+        def last() -> None:
+            model.logits(ops, batch.logits_rows_L, num_tokens, act, logits_LV)
+            ops.sample_greedy(logits_LV, rows_L, arrays["last_tokens_R"], tokens_L)
+
+        def step() -> None:
+            model.forward(ops, batch, act)
+            last()
+
+        def each(call: Callable[[Layer], None]) -> Callable[[], None]:
+            return lambda: [call(layer) for layer in model.layers] and None
+
+        parts = {
+            "qkv": each(
+                lambda la: ops.qkv(x, la.attn_norm, la.qkv, model.rope, batch, la.cache, q_TQ)
+            ),
+            "attention": each(lambda la: ops.attention(q_TQ, batch, la.cache, la.o, x)),
+            "gate_up": each(lambda la: ops.gate_up(x, la.mlp_norm, la.gate_up, act_TF)),
+            "down": each(lambda la: ops.down(act_TF, la.down, x)),
+            "head": last,
+        }
+        times = ", ".join(f"{name} {self.time(emit):.3f}" for name, emit in parts.items())
+        print(f"{what:20} {self.time(step):8.3f} ms   {times}", flush=True)
+
+    def time(self, emit: Callable[[], None]) -> float:
+        """Milliseconds, the median."""
+        torch = self.torch
+        program = self.ops.record(emit)
+        program.run()
+        found = []
+        for _ in range(ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            program.run()
+            program.run()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 2)
+        return sorted(found)[ROUNDS // 2]
+
+
+if __name__ == "__main__":
+    main()
