@@ -143,9 +143,7 @@ class FusedDecode:
             num_rows,
         )
 
-    def sample_greedy(
-        self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor
-    ) -> None:
+    def sample_greedy(self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor) -> None:
         best, error = self._arrays["fused_best"], self._arrays["fused_error"]
         arguments = (best, rows_L, last_tokens_R, out_tokens_L, error, self._num_ctas)
         name, grid = f"pick_{self._variant}", (len(rows_L), 1, 1)
