@@ -13,7 +13,7 @@ from typing import Any
 
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused_plan import FUSED_ROWS, FusedShapes, weight_box
+from puna.cuda.fused_plan import CACHE_BOX, FUSED_ROWS, FusedShapes, weight_box
 from puna.cuda.library import Library
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -98,6 +98,8 @@ class FusedDecode:
             batch.block_table_SM,
             cache.keys_NKEP,
             cache.values_NKPE,
+            self._cache_map(cache.keys_NKEP),
+            self._cache_map(cache.values_NKPE),
             attended_TQ,
             arrays["fused_part"],
             arrays["fused_fresh"],
@@ -158,6 +160,18 @@ class FusedDecode:
         if key not in self._maps:
             dims, box = weight_box(self._shapes, kernel, len(weight_NK))
             self._maps[key] = self._driver.tensor_map(weight_NK.data_ptr(), dims, box)
+        return self._maps[key]
+
+    def _cache_map(self, cache_NKPE: Tensor) -> TensorMap:
+        key = "cache", cache_NKPE.data_ptr()
+        if key not in self._maps:
+            num_blocks, num_kv_heads, block_size, head_dim = cache_NKPE.shape
+            self._maps[key] = self._driver.tensor_map(
+                cache_NKPE.data_ptr(),
+                (head_dim, block_size, num_blocks * num_kv_heads),
+                CACHE_BOX,
+                is_swizzled=True,
+            )
         return self._maps[key]
 
     def _bias(self, bias_N: Tensor | None) -> Tensor:

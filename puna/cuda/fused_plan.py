@@ -15,8 +15,10 @@ from puna.weights import extent
 # Kernels are compiled for one token, and for up to eight.
 FUSED_ROWS = (1, 8)
 MAX_SPLITS = 16  # parts of a context in attention
+# Of keys or values, the innermost dimension first: half a stage or all of one.
+CACHE_BOX = (64, 16, 1)
 # Mirrors of constants in the source.
-_WARPS, _TILE, _CHUNK, _REGISTER_UNITS = 8, 8, 256, 36
+_WARPS, _TILE, _CHUNK, _REGISTER_UNITS = 8, 8, 256, 32
 _STAGE_BYTES = _TILE * _CHUNK * 2
 _NUM_BUFFERS = 2 * _WARPS
 _MAX_SHARED = 227 * 1024

@@ -145,6 +145,8 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
             *step,
             ("keys", dtype),
             ("values", dtype),
+            ("key_map", "map"),
+            ("value_map", "map"),
             ("attended", dtype),
             ("part", "*fp32"),
             *((name, "*i32") for name in ("fresh", "epoch", "split_count", "error")),

@@ -23,15 +23,20 @@
 constexpr int NW = 8, NT = 32 * NW, TILE = 8, CHUNK = 256, UNIT = 32;
 constexpr int ROW_BYTES = CHUNK * 2, STAGE = TILE * ROW_BYTES;
 constexpr int NBUF = 2 * NW;                        // tiles whose parts may be under way
-constexpr int REGISTER_UNITS = 36;                  // of the input's fragments that a warp keeps in registers; more in shared memory
+constexpr int REGISTER_UNITS = 32;                  // of the input's fragments that a warp keeps in registers; more in shared memory
 constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
 constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
 constexpr int TOKENS = 16;                          // of a stage of keys or values
-constexpr int KV_ROW = HEAD_DIM * 2;
+// A stage of keys or values: the dimensions in stretches of 64, each [TOKENS][64]; the 16-byte pieces of a row are swizzled by
+// the row, so that neither a row's nor a column's accesses meet in a bank.
+constexpr int KV_STAGE = TOKENS * HEAD_DIM * 2;
+__device__ __forceinline__ u32 kv_piece(int token, int piece) {       // piece: of eight dimensions
+  return piece / 8 * (TOKENS * 128) + token * 128 + ((piece % 8) ^ (token & 7)) * 16;
+}
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
 constexpr int PARTIES = 8;                          // that share a task of attention
 constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
-static_assert(TOKENS * KV_ROW <= STAGE, "a stage of keys fits");
+static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
 static_assert(HIDDEN % 256 == 0 && Q_SIZE % 256 == 0 && FFN % 256 == 0, "eight warps share the columns in units of 32");
 static_assert(ROWS == 1 || HIDDEN <= 8192, "a norm's weights fit where the parts of tiles will be");
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
@@ -51,6 +56,7 @@ struct Args {
   const int* rows;          // HEAD: [ROWS] rows of h
   // QKV only
   u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
+  const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
   const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
   const int *positions, *slots;     // [ROWS]
   const int* seq_lens;      // [ROWS]; 0: no sequence
@@ -252,11 +258,14 @@ struct CachedTokens {
   __device__ __forceinline__ void request(const Args& p, R& ring, int lane, u64 policy) {
     const int nth = (task.at - task.start) / KV_BLOCK;
     if (nth < base || nth >= base + 32) load_blocks(p, nth / 32 * 32, lane);
-    const u16* src = (is_value ? p.values : p.keys) + offset(__shfl_sync(~0u, blocks, nth - base), task.at);
-    const u32 bar = ring.full + ring.in * 8;
+    const int block = __shfl_sync(~0u, blocks, nth - base);
     if (lane == 0) {
-      mbar_expect(bar, TOKENS * KV_ROW);
-      bulk_load(ring.data + ring.in * STAGE, src, TOKENS * KV_ROW, bar, policy);
+      const u32 bar = ring.full + ring.in * 8, to = ring.data + ring.in * STAGE;
+      mbar_expect(bar, KV_STAGE);
+#pragma unroll
+      for (int x = 0; x < HEAD_DIM; x += 64)
+        box_load(to + x / 64 * (TOKENS * 128), is_value ? *p.value_map : *p.key_map, x, task.at % KV_BLOCK, block * KV_HEADS + task.kv,
+                 bar, policy);
     }
     ring.next_in();
     is_value = !is_value;
@@ -375,28 +384,33 @@ struct Fragments {
 };
 
 // The queries of a task's KV head, as fragments, and the key and value that this step adds, which the cache did not have yet
-// when they were requested. All come from other CTAs of the launch.
+// when they were requested. All come from other CTAs of the launch. Lane (g, t) has dimensions 16t to 16t + 15 of each 64.
 struct Fresh {
   u32 q[HEAD_DIM / UNIT][4];
   uint4 key, value;         // lane i: dimensions 8i to 8i + 7
   __device__ __forceinline__ void poll(const Args& p, const Task& task, bool has_new, u32 tag, int lane) {
-    constexpr int HALF = HEAD_DIM / 2, UNITS = HEAD_DIM / UNIT;
+    constexpr int HALF = HEAD_DIM / 2;
     const int g = lane >> 2, t = lane & 3;
     const uint2* from = p.fresh + (size_t)task.seq * ALL_HEADS * HALF;
-    const uint2* queries = from + (task.kv * GROUP + g) * HALF + t * 8;
+    const uint2* queries = from + (task.kv * GROUP + g) * HALF + t * 16 % HALF;
     const uint2* new_key = from + (HEADS + task.kv) * HALF + lane % (HALF / 8) * 8;
     const uint2* new_value = new_key + KV_HEADS * HALF;
     const u32 half = lane < HALF / 8 ? 0x5410 : 0x7632;
     for (int polls = 0;; ++polls) {
       u32 wrong = 0;
 #pragma unroll
-      for (int u = 0; u < UNITS / 2; ++u) {
+      for (int u = 0; u < 2; ++u) {
         u32 w[8] = {};
-        if (g < GROUP) wrong |= ld_tagged(queries + u * UNIT, w, tag);
+        if (g < GROUP) wrong |= ld_tagged(queries + u * 8, w, tag);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          q[u][j] = __byte_perm(w[2 * j], w[2 * j + 1], 0x5410);
-          q[u + UNITS / 2][j] = __byte_perm(w[2 * j], w[2 * j + 1], 0x7632);
+          const u32 low = __byte_perm(w[2 * j], w[2 * j + 1], 0x5410), high = __byte_perm(w[2 * j], w[2 * j + 1], 0x7632);
+          if constexpr (HEAD_DIM == 128) {
+            q[u][j] = low;
+            q[u + 2][j] = high;
+          } else {
+            q[u][j] = t < 2 ? low : high;
+          }
         }
       }
       if (has_new) {
@@ -426,7 +440,7 @@ struct Softmax {
     const bool is_last = pos < TOKENS;      // the stretch holds the token that this step adds
     u32 stage = ring.wait();
     if (is_last) {
-      if (has_new) sts128(stage + pos * KV_ROW + lane * 16, fresh.key);
+      if (has_new) sts128(stage + kv_piece(pos, lane), fresh.key);
       __syncwarp();
     }
     float s[2][2] = {};     // tokens 2t and 2t + 1, of either eight
@@ -434,7 +448,7 @@ struct Softmax {
     for (int u = 0; u < UNITS; ++u)
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint4 k = lds128(stage + (n * 8 + g) * KV_ROW + u * UNIT * 2 + t * 16);
+        const uint4 k = lds128(stage + kv_piece(n * 8 + g, u / 2 * 8 + t * 2 + u % 2));
         mma(s[n], fresh.q[u][0], fresh.q[u][1], k.x, k.y);
         mma(s[n], fresh.q[u][2], fresh.q[u][3], k.z, k.w);
       }
@@ -472,15 +486,15 @@ struct Softmax {
     stage = ring.wait();
     if (is_last) {          // zeros after the last token: whatever lies there must not become a NaN
       if (lane < HEAD_DIM / 8) {
-        if (has_new) sts128(stage + pos * KV_ROW + lane * 16, fresh.value);
-        for (int j = pos + 1; j < TOKENS; ++j) sts128(stage + j * KV_ROW + lane * 16, make_uint4(0, 0, 0, 0));
+        if (has_new) sts128(stage + kv_piece(pos, lane), fresh.value);
+        for (int j = pos + 1; j < TOKENS; ++j) sts128(stage + kv_piece(j, lane), make_uint4(0, 0, 0, 0));
       }
       __syncwarp();
     }
 #pragma unroll
     for (int d = 0; d < TILES; d += 2) {
       u32 b[4];             // tokens 0 to 7 and 8 to 15, of eight dimensions and of the next eight
-      ldmatrix_t(b, stage + (lane & 15) * KV_ROW + (d + (lane >> 4)) * 16);
+      ldmatrix_t(b, stage + kv_piece(lane & 15, d + (lane >> 4)));
       mma(o[d], a0, a1, b[0], b[1]);
       mma(o[d + 1], a0, a1, b[2], b[3]);
     }
@@ -640,7 +654,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   using Layout = Shared<MODE, K>;
   constexpr int STAGES = Layout::STAGES;
   constexpr bool NORM = MODE == QKV || MODE == GATE_UP || MODE == HEAD;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   unsigned char* input = shared + Layout::RINGS;
   float* parts = reinterpret_cast<float*>(input + Layout::INPUT);       // [NBUF][NW][ROWS][TILE]
@@ -745,12 +759,12 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
 
 KERNEL(qkv, QKV, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, const float* cos, const float* sin,
                          const int* positions, const int* slots, const int* seq_lens, const int* block_table, u16* keys, u16* values,
-                         u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride,
+                         const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride,
                          int num_rows, int layer) {
   Args p{};
   p.bias = bias; p.h = h; p.gamma = gamma; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
   p.seq_lens = seq_lens; p.block_table = block_table; p.keys = keys; p.values = values; p.attended = attended; p.part = part;
-  p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error; p.table_stride = table_stride;
+  p.key_map = &key_map; p.value_map = &value_map; p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error; p.table_stride = table_stride;
   p.num_rows = num_rows; p.layer = layer;
   run<QKV, HIDDEN>(p, w);
 }

@@ -42,12 +42,6 @@ __device__ __forceinline__ u64 evict_first() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(bar), "l"(policy)
-      : "memory");
-}
 // A box of a tensor that is described by a map (cuTensorMapEncodeTiled), at coordinates (x, y, z) from the innermost on.
 struct alignas(64) TensorMap { unsigned char bytes[128]; };
 __device__ __forceinline__ void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64 policy) {
