@@ -120,7 +120,7 @@ def why_not(driver: Driver, packages: Packages) -> str:
     if driver.cuda < MIN_CUDA:
         return (
             f"the NVIDIA driver runs CUDA {_dotted(driver.cuda)}, needed is {_dotted(MIN_CUDA)} or "
-            "newer: update the driver"
+            "newer: update the driver (https://www.nvidia.com/drivers)"
         )
     if packages.missing:
         return f"the GPU needs {', '.join(packages.missing)}, not installed: {INSTALL}"
@@ -132,8 +132,8 @@ def why_not(driver: Driver, packages: Packages) -> str:
     if packages.torch_cuda[0] > driver.cuda[0]:
         return (
             f"torch was built for CUDA {_dotted(packages.torch_cuda)}, the NVIDIA driver runs "
-            f"{_dotted(driver.cuda)}: update the driver, install a torch for CUDA "
-            f"{driver.cuda[0]} (https://pytorch.org/get-started)"
+            f"{_dotted(driver.cuda)}: update the driver (https://www.nvidia.com/drivers), install "
+            f"a torch for CUDA {driver.cuda[0]} (https://pytorch.org/get-started)"
         )
     return ""
 

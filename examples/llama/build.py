@@ -72,6 +72,7 @@ def build_config(flags: Flags) -> BuildConfig:
         kv_dtype="int8" if "int8_kv_cache" in flags else "auto",
         tp_size=tp_size,
         pp_size=pp_size,
+        target=flags["target"],
         max_seq_len=flags["max_input_len"] + flags["max_output_len"],
         # Each beam is a sequence.
         max_batch_size=flags["max_batch_size"] * flags["max_beam_width"],

@@ -16,7 +16,8 @@ A checkpoint to an engine, with the flags of the LLaMA guide.
   python build.py --meta_ckpt_dir ./tmp/llama/70B --world_size 8 --output_dir ./tmp/llama/70B/engine
 """
 DEFAULTS = {
-    "pp_size": 1, "dtype": "float16", "log_level": "info", "output_dir": "llama_outputs",
+    "pp_size": 1, "target": "auto", "dtype": "float16", "log_level": "info",
+    "output_dir": "llama_outputs",
     "vocab_size": 32000, "n_layer": 32, "n_positions": 2048, "n_embd": 4096, "n_head": 32,
     "multiple_of": 256, "ffn_dim_multiplier": 1.0, "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "rotary_base": 10000.0, "max_batch_size": 8, "max_input_len": 2048, "max_output_len": 512,
@@ -37,7 +38,7 @@ NOTES = {
     "paged_kv_cache": _ALWAYS,
     "use_inflight_batching": _ALWAYS,
     "strongly_typed": _ALWAYS,
-    "tokens_per_block": "blocks of the KV cache have 16 tokens",
+    "tokens_per_block": "blocks of the KV cache have 16 tokens, on a GPU 64",
     "use_custom_all_reduce": "how ranks exchange is decided when the engine is run",
     "use_parallel_embedding": _EMBEDDING,
     "embedding_sharding_dim": _EMBEDDING,
@@ -82,6 +83,11 @@ def parser() -> Parser:
     add("--tp_size", type=int, metavar="N", help="tensor parallel (world_size / pp_size)")
     add("--pp_size", type=int, metavar="N", help="pipeline stages (1)")
     add("--parallel_build", action="store_true", help="a process a rank")
+    add(
+        "--target",
+        metavar="NAME",
+        help="not the guide's: cpu, or a GPU as puna build has them (auto: the one here, or cpu)",
+    )
     parser.add_log_level(str(DEFAULTS["log_level"]))
 
     shape = parser.add_argument_group("shape of a model without a checkpoint (default)")
@@ -102,7 +108,9 @@ def parser() -> Parser:
     limits = parser.add_argument_group("limits (default)")
     for name in ("max_batch_size", "max_input_len", "max_output_len", "max_beam_width"):
         limits.add_argument(f"--{name}", type=int, metavar="N", help=str(DEFAULTS[name]))
-    limits.add_argument("--max_num_tokens", type=int, metavar="N", help="of a step (512)")
+    limits.add_argument(
+        "--max_num_tokens", type=int, metavar="N", help="of a step (512, on a GPU 2048)"
+    )
 
     quant = parser.add_argument_group("quantisation")
     quant.add_argument("--use_weight_only", action="store_true", help="integer weights")

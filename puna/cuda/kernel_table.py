@@ -23,8 +23,7 @@ from puna.weights import extent
 
 Constant = int | float | str | bool
 
-KERNELS_DIR = "kernels"  # of an engine
-KERNELS_FILE = "kernels.json"  # in it: all that a launch must know
+KERNELS_FILE = "kernels.json"  # in an engine's kernels/: all that a launch must know
 
 GEMM_TILES = (16, 32, 64)  # tokens a program
 # Attention of a decode batch: a part of a context has at least so many blocks.

@@ -92,6 +92,8 @@ BUILD_REFUSED = {
 }
 # Shown by tests of their own below.
 BUILD_OTHERS = {"hidden_act", "parallel_build", "log_level", "output_dir"}
+# Not the guide's.
+OWN_FLAGS = {"target": ("--target cpu", "resolved.target", ["cpu", "as asked"])}
 BUILD_FLAGS = {*BUILD_EFFECTS, *BUILD_NOTES, *BUILD_REFUSED, *BUILD_OTHERS}
 RUN_FLAGS = """
     max_output_len log_level engine_dir tokenizer_dir input_text input_tokens output_csv output_npy
@@ -122,6 +124,7 @@ CONTRADICTIONS = {
     "--model_dir {}/nothing": "does not exist",
     "--model_dir {}/hf --use_weight_only --weight_only_precision int4_gptq": "layers of .* float32",
     "--tp_size 3": "cannot be split over tp 3",
+    "--target sm_90 --use_weight_only": "int8 is not available on target sm_90 .*--target cpu",
     "--output_dir {}/hf": "is not a puna engine",
 }  # fmt: skip
 
@@ -143,7 +146,7 @@ def names(parser: Any) -> set[str]:
 
 
 def test_the_flags_are_the_guides(examples: dict[str, ModuleType]) -> None:
-    assert names(examples["build_flags"].parser()) == BUILD_FLAGS
+    assert names(examples["build_flags"].parser()) == BUILD_FLAGS | OWN_FLAGS.keys()
     assert names(examples["run"].parser()) >= set(RUN_FLAGS.split())
     assert names(examples["summarize"].parser()) >= set(SUMMARIZE_FLAGS.split())
     guide = ROOT.parent / "shared" / "guide" / "LLAMA_GUIDE.md"
@@ -172,11 +175,11 @@ def look_up(config: Any, path: str) -> Any:
     return look_up(config[key], path[len(key) + 1 :])
 
 
-@pytest.mark.parametrize("flag", BUILD_EFFECTS)
+@pytest.mark.parametrize("flag", [*BUILD_EFFECTS, *OWN_FLAGS])
 def test_flag_that_changes_the_engine(
     flag: str, run_example: Script, checkpoints: Path, tmp_path: Path
 ) -> None:
-    arguments, path, value = BUILD_EFFECTS[flag]
+    arguments, path, value = {**BUILD_EFFECTS, **OWN_FLAGS}[flag]
     shape = "" if "_dir" in arguments else SHAPE
     built = run_example(
         "build", f"{shape} {arguments.format(*[checkpoints] * 2)} --output_dir {tmp_path}/e"

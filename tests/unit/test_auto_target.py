@@ -132,7 +132,9 @@ def test_packages_are_found_without_being_imported(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "__init__.py").write_text("raise AssertionError('imported')")
     (tmp_path / "torch" / "version.py").write_text(text)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "cuda")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("torch", "triton", "cuda")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert find_packages() == Packages((), expected)
@@ -189,7 +191,7 @@ def test_auto_is_cpu_where_there_is_no_gpu() -> None:
         (
             replace(HERE, cuda=(12, 4)),
             ALL,
-            "built for CUDA 13.0.*runs 12.4: update the driver, inst",
+            "built for CUDA 13.0.*runs 12.4: update the driver.*, inst",
         ),
         (replace(HERE, gpus=(replace(H200, capability=(7, 5)),)), ALL, "7.5.*sm_80, sm_86"),
     ],
