@@ -19,7 +19,7 @@ class ForwardBatch:
     of its seq_lens_S[s] tokens of context. Block 0 of the KV cache is never read.
     """
 
-    token_ids_T: Array
+    token_ids_T: Array  # -1 - row: the token last sampled for that row, which the device knows
     positions_T: Array
     slots_T: Array  # where the token's K and V go: block * block_size + offset
     query_start_S1: Array

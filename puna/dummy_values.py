@@ -14,8 +14,8 @@ import numpy as np
 from puna.quant import Array
 
 # Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/): 32 bits to 32, bijective.
-_MULTIPLIERS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))
-_HIGH_WORD = np.uint32(0x9E3779B9)  # odd (2^32 / golden ratio): spreads the index's upper word
+MULTIPLIERS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))
+HIGH_WORD = np.uint32(0x9E3779B9)  # odd (2^32 / golden ratio): spreads the index's upper word
 _CHUNK = 1 << 16  # values hashed at a time: the temporaries stay in a core's cache
 
 STEP = 2.0**-13  # every dummy value is a multiple of this: exact in float16 and float32
@@ -34,9 +34,9 @@ def dummy_keys(seed: int, name: str) -> tuple[int, int]:
 def mix32(x: Array) -> Array:
     """lowbias32 of each uint32, in place; returns its argument."""
     x ^= x >> np.uint32(16)
-    x *= _MULTIPLIERS[0]
+    x *= MULTIPLIERS[0]
     x ^= x >> np.uint32(15)
-    x *= _MULTIPLIERS[1]
+    x *= MULTIPLIERS[1]
     x ^= x >> np.uint32(16)
     return x
 
@@ -49,7 +49,7 @@ def counter_bits(key0: int, key1: int, index: Array) -> Array:
     """
     index = np.asarray(index, np.uint64)
     x = mix32(index.astype(np.uint32) ^ np.uint32(key0))
-    x ^= (index >> np.uint64(32)).astype(np.uint32) * _HIGH_WORD
+    x ^= (index >> np.uint64(32)).astype(np.uint32) * HIGH_WORD
     x ^= np.uint32(key1)
     return mix32(x)
 

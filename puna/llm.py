@@ -45,7 +45,9 @@ class LLM:
 
     `tokenizer` names a directory to take the tokenizer from instead of the engine's, and
     `chat_template` is Jinja text that replaces its template. `max_batch_size` and `max_num_tokens`
-    lower the engine's own limits. `progress` is told (bytes done, bytes in all) while it loads.
+    lower the engine's own limits. `deterministic`: on a GPU too, a prompt's greedy answer does not
+    depend on what else runs; it costs speed. `progress` is told (bytes done, bytes in all) while it
+    loads.
 
     An engine of several ranks is opened by all of them: each runs the same program, as mpirun,
     torchrun, srun or puna launch start it, and `world` says which one this is (None: what the
@@ -65,11 +67,14 @@ class LLM:
         prefix_cache: bool = True,
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
+        deterministic: bool = False,
         progress: LoadProgress | None = None,
         world: World | None = None,
     ) -> None:
         self.world = world = find_world() if world is None else world
-        options = SessionOptions(device, kv_cache_bytes, threads, max_batch_size, max_num_tokens)
+        options = SessionOptions(
+            device, kv_cache_bytes, threads, max_batch_size, max_num_tokens, deterministic
+        )
         session = _open_session(world, Path(engine_dir), options, progress)
         try:
             self.config = session.config
@@ -291,6 +296,7 @@ def _open_session(
         threads=options.threads,
         max_batch_size=options.max_batch_size,
         max_num_tokens=options.max_num_tokens,
+        deterministic=options.deterministic,
         progress=progress,
     )
 

@@ -115,12 +115,8 @@ def check_files(
     for file in manifest.files:
         if is_rank_file(file.path) and file.path not in needed:
             continue
-        path = engine_dir / file.path
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            problems.append(f"{file.path} is missing")
-        elif size != file.size:
-            problems.append(f"{file.path} has {size:,} bytes instead of {file.size:,}")
+        if problem := _wrong_size(engine_dir, file):
+            problems.append(problem)
         else:
             work += [(file, index) for index in range(len(file.chunks))]
     if not problems:
@@ -129,9 +125,35 @@ def check_files(
         except OSError as error:
             problems = [f"{error.filename or 'a file'} cannot be read ({error.strerror})"]
     if problems:
-        raise EngineError(
-            f"{engine_dir} is damaged: {'; '.join(problems)}: copy or build the engine again"
-        )
+        raise damaged(engine_dir, problems)
+
+
+def find_file(engine_dir: Path, manifest: Manifest, name: str) -> FileDigest:
+    """What the manifest says of a file whose bytes someone else checks as they pass. EngineError if
+    it is missing or has another size."""
+    file = next((file for file in manifest.files if file.path == name), None)
+    if file is None:
+        raise damaged(engine_dir, [f"{name} is missing from the manifest"])
+    if problem := _wrong_size(engine_dir, file):
+        raise damaged(engine_dir, [problem])
+    return file
+
+
+def damaged(engine_dir: Path, problems: list[str]) -> EngineError:
+    """The error that names what is wrong with an engine's files."""
+    return EngineError(
+        f"{engine_dir} is damaged: {'; '.join(problems)}: copy or build the engine again"
+    )
+
+
+def _wrong_size(engine_dir: Path, file: FileDigest) -> str | None:
+    path = engine_dir / file.path
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return f"{file.path} is missing"
+    if size != file.size:
+        return f"{file.path} has {size:,} bytes instead of {file.size:,}"
+    return None
 
 
 def _changed(

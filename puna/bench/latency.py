@@ -22,7 +22,9 @@ from puna.native.bandwidth import BUFFER_BYTES, read_bandwidth
 from puna.rank_file import rank_weights
 from puna.runtime.executor import Executor
 from puna.runtime.launch import World, on_every_cpu
+from puna.runtime.ranks import RankedSession
 from puna.runtime.request import SamplingParams
+from puna.runtime.session import Session
 
 Progress = Callable[[int, int], None]
 
@@ -118,7 +120,7 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress | None = None)
             first_s.append(first)
             decode_s += decode
             # After each round: on a shared machine the limit itself comes and goes.
-            reads.append(_read_limit(llm.world, session.threads))
+            reads.append(_read_limit(llm.world, session))
 
     ttft_s, step_s = median(first_s), median(decode_s)
     weight_bytes, kv_bytes = step_weight_bytes(config), step_kv_bytes(config, run)
@@ -162,9 +164,14 @@ def step_kv_bytes(config: EngineConfig, run: LatencyRun) -> int:
     return round(num_tokens * block_bytes / config.limits.block_size)
 
 
-def _read_limit(world: World, threads: int) -> float:
-    """GB/s that the hosts of all ranks can read: this host, with as many threads as its ranks have
-    together, times the hosts, which are taken to be alike."""
+def _read_limit(world: World, session: Session | RankedSession) -> float:
+    """GB/s that the GPU can read, or the hosts of all ranks: this host, with as many threads as its
+    ranks have together, times the hosts, which are taken to be alike."""
+    if session.device == "cuda":
+        from puna.runtime.cuda_bandwidth import gpu_read_bandwidth  # which needs torch
+
+        return gpu_read_bandwidth(session.device_name)
+    threads = session.threads
     num_bytes = min(BUFFER_BYTES, (available_bytes() or 2 * BUFFER_BYTES) // 2)
     if world.size == 1:
         return read_bandwidth(threads, num_bytes)

@@ -126,8 +126,14 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto, cpu, cpu:INSTRUCTION_SET (cpu:avx2, cpu:portable, ...), or reference: NumPy, "
-        "slow and exact (default: auto)",
+        help="auto, cpu, cpu:INSTRUCTION_SET (cpu:avx2, cpu:portable, ...), cuda, cuda:N (one of "
+        "several GPUs), or reference: NumPy, slow and exact (default: auto, which is what the "
+        "engine was built for)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: tokens that do not depend on what else runs, as elsewhere; slower",
     )
     parser.add_argument(
         "--threads",
@@ -167,6 +173,7 @@ def open_llm(
             args.engine,
             device=args.device,
             threads=args.threads,
+            deterministic=args.deterministic,
             kv_cache_bytes=args.kv_cache_bytes,
             tokenizer=args.tokenizer,
             chat_template=_template(args.chat_template),

@@ -57,6 +57,12 @@ class SamplingBatch:
     def num_rows(self) -> int:
         return len(self.temperature_L)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row takes the largest of its logits, and asks for nothing else."""
+        is_plain = not len(self.seen_rows_C) and not self.temperature_L.any()
+        return bool(is_plain and (self.num_logprobs_L < 0).all())
+
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:

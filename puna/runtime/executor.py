@@ -4,8 +4,9 @@ Decides what a request needs before it is scheduled (defaults, end tokens, a see
 goes to, and what happens when a step fails. Knows no text, no arrays and no device.
 
 A lane is a batch of its own, with a scheduler of its own. There is one, or one for each pipeline
-stage, so that while a stage computes one lane's step the others have work too. A lane has at most
-one step in flight: `submit`, then `collect`.
+stage, so that while a stage computes one lane's step the others have work too. A lane has a step in
+flight: `submit`, then `collect`. It has two where the second can be planned without what the first
+one samples, so that the device goes from one to the other while the first is booked.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ class StepRunner(Protocol):
     """The part of a session that the executor drives: one rank's, or many ranks' as one."""
 
     def submit(self, plan: StepPlan, lane: int = 0) -> None:
-        """Start a step of a lane that has none in flight."""
+        """Start a step of a lane that has none in flight, or one that it runs ahead of."""
         ...
 
     def collect(self, lane: int = 0) -> StepResult:
-        """Wait for the lane's step; lanes are collected in the order in which they were
+        """Wait for the lane's oldest step; steps are collected in the order in which they were
         submitted."""
+        ...
+
+    def can_run_ahead(self, params: SamplingParams) -> bool:
+        """Whether a lane whose sequences are all sampled so may have two steps in flight."""
         ...
 
 
@@ -103,6 +108,7 @@ class Executor:
             want_prompt_logits=want_prompt_logits,
             num_prefill=num_prefill,
         )
+        request.can_run_ahead = not want_prompt_logits and self.session.can_run_ahead(params)
         request.lane = min(range(len(self.lanes)), key=lambda i: self.lanes[i].num_sequences)
         self.lanes[request.lane].add(request)
         return request
@@ -124,26 +130,31 @@ class Executor:
             self._check()
 
     def step(self) -> list[SequenceEvent]:
-        """Run a step of each lane that has none in flight, wait for the oldest, and return what it
-        brought; [] when there is nothing to do."""
+        """Start what can be started, wait for the oldest step, and return what it brought; [] when
+        there is nothing to do."""
         self.submit()
         events, self._held = self._held, []
         return events + self.collect() if self._in_flight else events
 
     def submit(self) -> bool:
-        """Plan and start a step of every lane that can have one; False if none has begun."""
-        flying = {lane for lane, _ in self._in_flight}
-        num_lanes, has_begun = len(self.lanes), False
+        """Plan and start the steps that lanes can have now, each one, and perhaps one that runs
+        ahead; False if none has begun."""
+        num_lanes, num_before = len(self.lanes), len(self._in_flight)
         for i in range(num_lanes):
             lane = (self._next_lane + i) % num_lanes
-            if lane not in flying:
-                has_begun = self._submit_lane(lane) or has_begun
+            flying = [plan for of_lane, plan in self._in_flight if of_lane == lane]
+            if not flying and self._submit_lane(lane, None):
+                flying.append(self._in_flight[-1][1])
+            if len(flying) == 1:
+                self._submit_lane(lane, flying[0])
         assert self._in_flight or self.is_idle, "no lane can go on"
-        return has_begun
+        return len(self._in_flight) > num_before
 
-    def _submit_lane(self, lane: int) -> bool:
+    def _submit_lane(self, lane: int, before: StepPlan | None) -> bool:
+        """Start the lane's next step, which runs ahead of `before` where that is in flight."""
         try:
-            plan = self.lanes[lane].plan()
+            scheduler = self.lanes[lane]
+            plan = scheduler.plan() if before is None else scheduler.plan_ahead(before)
             if plan is None:
                 return False
             start = time.perf_counter()

@@ -11,6 +11,9 @@ from puna.engine import EngineConfig
 from puna.errors import EngineError
 from puna.memory import Device, available_bytes, human_bytes, kv_block_bytes, rank_memory
 
+# Beside what is planned, of a GPU's memory: code of kernels, graphs, and what cuBLAS works in.
+GPU_RESERVE_BYTES = 400 * 2**20
+
 
 def lower_limits(
     config: EngineConfig, max_batch_size: int | None, max_num_tokens: int | None
@@ -45,6 +48,36 @@ def num_kv_blocks(config: EngineConfig, kv_cache_bytes: int | None) -> int:
             f"{block} bytes, and two such blocks are the least"
         )
     return kv_cache_bytes // block
+
+
+def check_gpu_memory(
+    config: EngineConfig, rank: int, num_blocks: int, gpu: str, free_bytes: int
+) -> None:
+    """Refuse now what would not fit the GPU's memory, of which `free_bytes` are free."""
+    memory = rank_memory(config, rank, "cuda")
+    block = kv_block_bytes(config, rank)
+    kv_cache = num_blocks * block
+    needed = memory.weights + kv_cache + memory.workspace + GPU_RESERVE_BYTES
+    if needed <= free_bytes:
+        return
+    found = (
+        f"the engine needs {human_bytes(needed)} of {gpu}'s memory ({human_bytes(memory.weights)} "
+        f"weights, {human_bytes(kv_cache)} KV cache, {human_bytes(memory.workspace)} workspace, "
+        f"{human_bytes(GPU_RESERVE_BYTES)} libraries and graphs), {human_bytes(free_bytes)} are "
+        "free: "
+    )
+    room = free_bytes - (needed - kv_cache)
+    limits = config.limits
+    if room >= 2 * block:
+        tokens = (room // block - 1) * limits.block_size
+        raise EngineError(
+            f"{found}lower --kv-cache-bytes to {room // block * block} or less "
+            f"({tokens:,} tokens instead of {(num_blocks - 1) * limits.block_size:,})"
+        )
+    raise EngineError(
+        f"{found}use a GPU with more memory, end what else uses this one, or build with a smaller "
+        "--max-num-tokens or --max-batch-size"
+    )
 
 
 def check_ram(config: EngineConfig, rank: int, device: Device, num_blocks: int) -> None:

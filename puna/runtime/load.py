@@ -6,7 +6,7 @@ Decides where a rank's arrays come from and which of them goes where in `Llama`.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from puna.models.llama.model import Layer, Llama
 from puna.ops import LayerCache, Linear, Norm, Ops, RopeTable
 from puna.quant import Array
 from puna.rank_file import RankFile, RankWeight, check_rank_file, rank_weights
-from puna.rope import rope_tables
 from puna.shard import rank_rows
 
 
@@ -57,12 +56,13 @@ def bind_model(
     ops: Ops,
     stored: dict[str, Array],
     arrays: dict[str, Array],
-    kv: dict[str, Array],
+    caches: Sequence[LayerCache],
     report: Callable[[int], None],
 ) -> Llama:
     """Bind stored weights, KV cache and RoPE tables to the model; `report` is told the bytes.
 
-    `arrays` and `kv` are those of `puna.memory`: workspace and KV cache.
+    `arrays` are the workspace of `puna.memory`, in which the RoPE tables are already computed;
+    `caches` are one for each layer here. All are arrays of whatever `ops` computes with.
     """
     spec, mapping = config.spec, config.mapping(rank)
     weights = {weight.name: weight for weight in rank_weights(config, rank)}
@@ -101,10 +101,9 @@ def bind_model(
         )
 
     rope = RopeTable(arrays["rope_cos_PE"], arrays["rope_sin_PE"])
-    rope.cos_PE[:], rope.sin_PE[:] = rope_tables(spec.rope, spec.head_dim, len(rope.cos_PE))
     layers = tuple(
         layer(index, cache)
-        for index, cache in zip(mapping.layers(spec.num_layers), layer_caches(kv), strict=True)
+        for index, cache in zip(mapping.layers(spec.num_layers), caches, strict=True)
     )
     embed = linear("embed") if "embed.weight" in weights else None
     head = None

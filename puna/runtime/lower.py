@@ -52,6 +52,7 @@ class _Decoding:
     """What stays the same from one decode step to the next while no sequence joins or leaves."""
 
     rows: Array
+    unknown: Array  # -1 - row
     query_start_S1: Array
     logits_rows_L: Array
     params: Array
@@ -83,6 +84,7 @@ class Lowering:
         self._known_tokens: dict[int, Array] = {}  # by row, until the sequence has caught up
         self._prompt_logits: set[int] = set()  # rows
         self._decoding: _Decoding | None = None
+        self._newest: LoweredStep | None = None
 
     def lower(self, plan: StepPlan) -> LoweredStep:
         """Apply a plan to the mirror and return its step."""
@@ -98,7 +100,9 @@ class Lowering:
             self._branch(plan.branches)
         for seq_id, block_ids in plan.new_blocks:
             self._append_blocks(self._row_of[seq_id], block_ids)
-        return self._lower(plan) if plan.prefills else self._lower_decode(plan)
+        step = self._lower(plan) if plan.prefills else self._lower_decode(plan)
+        self._newest = step
+        return step
 
     def record(self, step: LoweredStep, sampled: SampleResult, logits_LV: Array) -> StepResult:
         """Take the sampled tokens into the mirror and return the step's result.
@@ -118,7 +122,14 @@ class Lowering:
         )
 
     def take(self, step: LoweredStep, token_ids: tuple[int, ...]) -> None:
-        """Take the step's sampled tokens into the mirror, perhaps from the rank that has them."""
+        """Take the step's sampled tokens into the mirror, perhaps from the rank that has them.
+
+        Steps are taken in the order in which they were lowered. Where another one was lowered
+        meanwhile, which ran ahead, it samples a token for each of these sequences that is still
+        there: theirs are the last tokens now, and these are not.
+        """
+        if step is not self._newest:
+            return
         self._last_token_R[step.rows] = token_ids
         self._sampling.take(step.rows, token_ids)
 
@@ -181,7 +192,9 @@ class Lowering:
         if self._decoding is None:
             rows = self._order[self._is_decoding_R[self._order]]
             starts = np.arange(len(rows) + 1, dtype=np.int32)
-            self._decoding = _Decoding(rows, starts, starts[:-1], self._sampling.params(rows))
+            self._decoding = _Decoding(
+                rows, -1 - rows, starts, starts[:-1], self._sampling.params(rows)
+            )
         same = self._decoding
         rows = same.rows
         positions_T = self._num_computed_R[rows]
@@ -208,6 +221,7 @@ class Lowering:
         )
         self._num_computed_R[rows] = seq_lens_S
         self._num_known_R[rows] += _ONE
+        self._last_token_R[rows] = same.unknown
         return step
 
     def _lower(self, plan: StepPlan) -> LoweredStep:
@@ -265,6 +279,7 @@ class Lowering:
         # The step's effect on the mirror, but for the values of the tokens: see `record`.
         self._num_computed_R[rows_S] = seq_lens_S
         self._num_known_R[rows] += 1
+        self._last_token_R[rows] = -1 - rows  # until `take` is told
         self._is_decoding_R[rows] = True
         for row in index_of:
             if self._is_decoding_R[row]:

@@ -23,6 +23,7 @@ from puna.runtime import wire
 from puna.runtime.comm import Comm
 from puna.runtime.launch import World, keep_to_share
 from puna.runtime.rendezvous import Peers, join, tell_failure
+from puna.runtime.request import SamplingParams
 from puna.runtime.session import LoadProgress, Session, check_world_size
 from puna.runtime.step import StepPlan, StepResult
 
@@ -41,6 +42,7 @@ class SessionOptions:
     threads: int | None = None
     max_batch_size: int | None = None
     max_num_tokens: int | None = None
+    deterministic: bool = False
 
 
 class RankedSession:
@@ -80,6 +82,10 @@ class RankedSession:
         result = wire.decode_result(self._peers.receive(self._last_rank))
         self._token_ids[lane] = result.token_ids
         return result
+
+    def can_run_ahead(self, params: SamplingParams) -> bool:
+        """Never: ranks that compute a step learn its tokens with the next one."""
+        return False
 
     def close(self) -> None:
         """Let all ranks end."""
@@ -145,6 +151,7 @@ def _open(
         # BLAS has its threads already, and would use the other ranks' cores too.
         threads=options.threads or num_cores(),
         comm=comm,
+        deterministic=options.deterministic,
         progress=progress,
     )
 

@@ -180,6 +180,7 @@ class Request:
     """
 
     __slots__ = (
+        "can_run_ahead",
         "id",
         "lane",
         "max_new_tokens",
@@ -212,6 +213,9 @@ class Request:
         self.want_prompt_logits = want_prompt_logits
         self.num_prefill = len(prompt_token_ids) if num_prefill is None else num_prefill
         self.max_new_tokens = 0  # set by the scheduler, which knows what fits
+        # Set by the executor: whether the session can be given a step of its sequences before it
+        # has been asked for the step before.
+        self.can_run_ahead = False
         self.lane = 0  # set by the executor
         self.sequences: list[Sequence] = []
 

@@ -12,6 +12,7 @@ from itertools import count
 
 from puna.errors import ConfigError
 from puna.runtime.admission import Admission
+from puna.runtime.ahead import full_after
 from puna.runtime.beam import Beams
 from puna.runtime.block_pool import NULL_BLOCK, BlockPool
 from puna.runtime.request import Request, Sequence, SequenceEvent, TokenLogprob
@@ -19,7 +20,8 @@ from puna.runtime.step import Branch, Join, StepPlan, StepResult
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences. Call `plan` and `commit` in turn.
+    """Owns the waiting and the running sequences. Call `plan` and `commit` in turn; between the
+    two, `plan_ahead` may give one more step, to be committed after the first.
 
     A step computes at most `max_num_tokens` tokens of at most `max_batch_size` sequences, and at
     most `max_chunk` of a prompt. A sequence joins with blocks for all tokens it knows, so only
@@ -61,6 +63,7 @@ class Scheduler:
         self._branching: list[Beams] = []  # chosen by the last step, without their blocks yet
         self._left: list[int] = []  # since the last plan
         self._reset = False
+        self._planned: deque[tuple[Sequence, ...]] = deque()  # who runs, by step not committed
         self._seq_ids = count()
 
     @property
@@ -130,10 +133,12 @@ class Scheduler:
         self.running.clear()
         self._branching.clear()
         self._left.clear()
+        self._planned.clear()
         self._reset = True
 
     def plan(self) -> StepPlan | None:
         """Return the next step, or None if there is nothing to compute (now)."""
+        assert not self._planned, "commit the step before"
         if self.is_idle:
             return None
         num_preemptions = self.num_preemptions
@@ -190,6 +195,35 @@ class Scheduler:
         )
         self._reset = False
         self._left.clear()
+        self._planned.append(tuple(self.running))
+        return plan
+
+    def plan_ahead(self, flying: StepPlan) -> StepPlan | None:
+        """Return the step after `flying`, which is not committed yet, if it is the same whatever
+        `flying` samples: every sequence computes the token that it samples, and nobody joins. None
+        where that is not so, or not certain.
+
+        A sequence that `flying` turns out to have ended then computes a token too many, which
+        `commit` throws away. Its blocks are free from then on although that step may still write
+        to them: steps run in the order in which they were planned, so whoever has the blocks next
+        writes later. What it writes lies behind all that the prefix cache knows of the sequence.
+        """
+        running, pool = self.running, self.pool
+        if not running or not running[0].request.can_run_ahead:
+            return None
+        if self.waiting and len(running) < self.max_batch_size:
+            return None  # who waits may join, once `flying` is committed
+        full = full_after(flying, running, pool.block_size)
+        if full is None or len(full) > pool.num_free:
+            return None
+        new_blocks: list[tuple[int, tuple[int, ...]]] = []
+        for seq in full:
+            new = pool.allocate(1)
+            seq.block_ids += new
+            new_blocks.append((seq.id, tuple(new)))
+        plan = StepPlan(left=tuple(self._left), new_blocks=tuple(new_blocks))
+        self._left.clear()
+        self._planned.append(tuple(running))
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceEvent]:
@@ -203,7 +237,11 @@ class Scheduler:
         block_size = self.pool.block_size
         ready: list[Sequence] = []
         has_finished = False
-        for seq in self.running:
+        for seq in self._planned.popleft():
+            if seq.status == "finished":  # by the step before, which this one ran ahead of
+                next(tokens)
+                next(logprobs, None)
+                continue
             num_tokens = 1 if seq.is_decoding else chunks.get(seq.id, 0)
             if not num_tokens:
                 continue

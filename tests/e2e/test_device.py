@@ -66,7 +66,7 @@ def test_an_instruction_set_that_is_not_there(engine: Path, refused: Refused) ->
 def test_a_device_that_is_not_there(device: str, engine: Path, refused: Refused) -> None:
     line = refused("run", engine, *ASK, "--device", device)
     assert f"device {device!r} is not in this version of puna" in line
-    assert "use one of auto, cpu, reference" in line
+    assert "use one of auto, cpu, cuda, reference" in line
 
 
 @needs_library

@@ -2,13 +2,15 @@
 
 It stores the token ids themselves in a paged "KV cache", reads each row's context back through the
 block table, and computes logits as a hash of that context. A wrong slot, a stale prefix block or a
-copy at the wrong time thus changes the output.
+copy at the wrong time thus changes the output. One that runs ahead computes a step only when it is
+collected, as late as can be, and then by the arrays that it was lowered to.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ import numpy as np
 from puna.ops.sampling import sample
 from puna.runtime.block_pool import BlockPool
 from puna.runtime.executor import Executor
-from puna.runtime.lower import Lowering
+from puna.runtime.lower import LoweredStep, Lowering
 from puna.runtime.request import Request, SamplingParams, SequenceEvent
 from puna.runtime.scheduler import Scheduler
 from puna.runtime.step import StepPlan, StepResult
@@ -46,6 +48,7 @@ class FakeSession:
         max_num_tokens: int = 64,
         generation: GenerationDefaults | None = None,
         engine_dir: Path = Path("nowhere"),
+        runs_ahead: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -66,19 +69,33 @@ class FakeSession:
         self.plans: list[StepPlan] = []
         self.is_closed = False
         self.fail_at: int | None = None  # number of the submit that raises
-        self._result: StepResult | None = None
+        self.runs_ahead = runs_ahead
+        self.num_ahead = 0
+        self._last_token_R = np.full(max_batch_size, -1, np.int32)  # the device's own
+        self._steps: deque[LoweredStep] = deque()
 
     def submit(self, plan: StepPlan, lane: int = 0) -> None:
         self.plans.append(plan)
+        if plan.reset:
+            self._steps.clear()
+        assert len(self._steps) < 1 + self.runs_ahead, "collect the step before"
+        self.num_ahead += len(self._steps)
         step = self.lowering.lower(plan)
         if self.fail_at == len(self.plans):
             raise RuntimeError("the device is on fire")
+        self._steps.append(step)
+
+    def _compute(self, step: LoweredStep) -> StepResult:
         sources, destinations = step.copies_C2[:, 0], step.copies_C2[:, 1]
         self.kv_NP[destinations] = self.kv_NP[sources]
         batch = step.batch
         assert len(set(batch.slots_T.tolist())) == batch.num_tokens, "two tokens in one slot"
         assert (batch.slots_T >= self.block_size).all(), "a token in the null block"
-        self.kv_NP.reshape(-1)[batch.slots_T] = batch.token_ids_T
+        token_ids_T = batch.token_ids_T.copy()
+        is_unknown_T = token_ids_T < 0
+        assert self.runs_ahead or not is_unknown_T.any(), "tokens that nobody told"
+        token_ids_T[is_unknown_T] = self._last_token_R[-1 - token_ids_T[is_unknown_T]]
+        self.kv_NP.reshape(-1)[batch.slots_T] = token_ids_T
 
         logits = []
         for t in batch.logits_rows_L:
@@ -90,12 +107,15 @@ class FakeSession:
             logits.append(fake_logits(context))
         logits_LV = np.array(logits, np.float32).reshape(-1, VOCAB_SIZE)
         sampled = sample(step.sample_logits(logits_LV), step.sampling)
-        self._result = self.lowering.record(step, sampled, logits_LV)
+        self._last_token_R[step.rows] = sampled.token_ids_L
+        return self.lowering.record(step, sampled, logits_LV)
 
     def collect(self, lane: int = 0) -> StepResult:
-        assert self._result is not None
-        result, self._result = self._result, None
-        return result
+        return self._compute(self._steps.popleft())
+
+    def can_run_ahead(self, params: SamplingParams) -> bool:
+        is_plain = not params.has_penalties and params.logprobs is None and params.num_beams == 1
+        return self.runs_ahead and is_plain
 
     def close(self) -> None:
         self.is_closed = True
@@ -110,9 +130,17 @@ def make_executor(
     max_chunk: int | None = None,
     prefix_cache: bool = True,
     defaults: GenerationDefaults | None = None,
+    runs_ahead: bool = False,
 ) -> Executor:
     """An executor over a fake session; `executor.session` is the FakeSession."""
-    session = FakeSession(num_blocks, block_size, max_batch_size, max_seq_len, max_num_tokens)
+    session = FakeSession(
+        num_blocks,
+        block_size,
+        max_batch_size,
+        max_seq_len,
+        max_num_tokens,
+        runs_ahead=runs_ahead,
+    )
     pool = BlockPool(num_blocks, block_size, prefix_cache)
     scheduler = Scheduler(
         pool, max_batch_size, max_num_tokens, max_seq_len, VOCAB_SIZE, max_chunk=max_chunk

@@ -30,12 +30,24 @@ RUN = [
     ("runtime.executor",),
     ("runtime.ranks",),
     ("runtime.session",),
-    ("runtime.load", "runtime.limits", "runtime.device", "runtime.gpu", "runtime.comm"),
+    ("runtime.runner", "runtime.host_runner", "runtime.cuda_runner"),
+    (
+        "runtime.load",
+        "runtime.limits",
+        "runtime.device",
+        "runtime.gpu",
+        "runtime.comm",
+        "runtime.cuda_load",
+        "runtime.cuda_dummy",
+        "runtime.cuda_inputs",
+        "runtime.cuda_bandwidth",
+    ),
     ("runtime.lower", "runtime.wire", "models"),
     ("runtime.lower_sampling",),
     (
         "runtime.scheduler",
         "runtime.admission",
+        "runtime.ahead",
         "runtime.beam",
         "runtime.block_pool",
         "runtime.step",
@@ -76,6 +88,7 @@ WITHOUT_NUMPY += tuple(
         "request",
         "block_pool",
         "admission",
+        "ahead",
         "beam",
         "scheduler",
         "step",
@@ -84,6 +97,9 @@ WITHOUT_NUMPY += tuple(
         "rendezvous",
     )
 )
+# Of puna[cuda], puna[ranks] and puna[eval]; imported when they are needed, by nobody else.
+WITH_TORCH = ("cuda", "runtime.comm", "summarize.transformers_model")
+WITH_TORCH += tuple(f"runtime.cuda_{name}" for name in ("runner", "load", "dummy", "bandwidth"))
 MUTABLE_CALLS = ("dict", "list", "set", "bytearray", "defaultdict", "OrderedDict", "Counter")
 MUTABLE_CALLS += ("deque", "count", "Lock", "array", "empty", "zeros", "ones")
 
@@ -174,7 +190,7 @@ def test_no_arrays_above_the_session(name: str) -> None:
 
 def test_torch_is_for_cuda_only() -> None:
     for module in MODULES:
-        if not is_in(module, ("cuda", "runtime.comm", "summarize.transformers_model")):
+        if not is_in(module, WITH_TORCH):
             found = {imported.partition(".")[0] for imported in imports(module)}
             assert not found & {"torch", "transformers", "triton"}, module
 

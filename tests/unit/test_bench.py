@@ -57,7 +57,7 @@ def planned(is_tied: bool = False, vocab_size: int = VOCAB, **options: Any) -> E
 class TimedSession(FakeSession):
     """A step takes 2 seconds and 1 more a token, by a clock of its own."""
 
-    device_name = "fake"
+    device, device_name = "cpu", "fake"
     threads = 3
     now = 0.0
 
@@ -187,6 +187,20 @@ def test_what_the_engine_cannot_do() -> None:
         check_run(LatencyRun(isl=33, osl=32), config)
     with pytest.raises(ConfigError, match="batch is 3; the engine takes at most 2 sequences: low"):
         check_run(LatencyRun(batch=3, isl=1, osl=2), config)
+
+
+def test_the_read_limit_of_a_gpu(
+    open_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bandwidth = pytest.importorskip("puna.runtime.cuda_bandwidth", reason="needs torch")
+    asked: list[str] = []
+    monkeypatch.setattr(bandwidth, "gpu_read_bandwidth", lambda name: asked.append(name) or 4000.0)
+    with open_llm() as llm:
+        assert llm.session is not None
+        monkeypatch.setattr(llm.session, "device", "cuda")
+        monkeypatch.setattr(llm.session, "device_name", "cuda:1")
+        result = measure_latency(llm, LatencyRun(isl=4, osl=4, rounds=2))
+    assert (result.device, result.read_gb_s, asked) == ("cuda:1", 4000.0, ["cuda:1"] * 2)
 
 
 def test_what_the_kv_cache_cannot_hold(open_llm: Callable[..., LLM]) -> None:

@@ -302,6 +302,9 @@ class _CountingSession:
     def collect(self, lane: int = 0) -> StepResult:
         return StepResult(token_ids=(1,) * self.num_seqs)
 
+    def can_run_ahead(self, params: SamplingParams) -> bool:
+        return False
+
 
 def test_planning_is_cheap():
     """1,024 decoding sequences: plan and commit take about a millisecond on a quiet machine."""

@@ -38,6 +38,9 @@ class LaneSession:
         self.under_way.pop(0)
         return self.lanes[lane].collect()
 
+    def can_run_ahead(self, params: SamplingParams) -> bool:
+        return False
+
 
 def make(
     num_lanes: int, num_blocks: int = 64, batch: int = 4, max_beams: int = 5
