@@ -21,7 +21,7 @@ from typing import Any
 
 from puna.checkpoint.dummy import parse_preset
 from puna.cuda.compile import _compile_triton
-from puna.cuda.gemm_shapes import SHARED_LIMITS, GemmShape
+from puna.cuda.gemm_shapes import SHARED_LIMITS, GemmShape, early_columns
 from puna.cuda.kernel_table import KERNELS_FILE, TritonKernel, triton_kernels
 from puna.engine import EngineConfig, Provenance
 from puna.plan import BuildConfig, CheckpointFacts, plan
@@ -73,8 +73,7 @@ def config_for(model: str, dtype: Any, target: str, num_layers: int | None = Non
 
 def shape_of(kernel: TritonKernel) -> GemmShape:
     found: dict[str, Any] = dict(kernel.constants)
-    sizes = (found["BLOCK_N"], found["BLOCK_K"], kernel.num_warps, kernel.num_stages)
-    return GemmShape(*sizes, found["EARLY"])
+    return GemmShape(found["BLOCK_N"], found["BLOCK_K"], kernel.num_warps, kernel.num_stages)
 
 
 def ways_of(kernel: TritonKernel, target: str) -> Iterator[TritonKernel]:
@@ -82,19 +81,15 @@ def ways_of(kernel: TritonKernel, target: str) -> Iterator[TritonKernel]:
     yield kernel
     constants: dict[str, Any] = dict(kernel.constants)
     is_pair, tile = constants["EPILOGUE"] == "silu", constants["BLOCK_M"]
-    rows = (8, 16, 32) if is_pair else (16, 32, 64)
-    for block_n, block_k, stages, warps in product(rows, (64, 128, 256), (3, 4, 6), (4, 8)):
+    rows = (16, 32, 64) if is_pair else (32, 64, 128)
+    early = early_columns(target, constants["KP"], constants["SPLITS"])
+    for block_n, block_k, stages, warps in product(rows, (64, 128), (3, 4, 5, 6), (4, 8)):
         block_bytes = (block_n * (2 if is_pair else 1) + tile) * block_k * 2
-        early = 1 if is_pair or block_k == 256 else 2
-        if (
-            constants["KP"] % block_k
-            or block_n < 16
-            or stages * block_bytes > SHARED_LIMITS[target]
-        ):
+        if constants["KP"] % block_k or stages * block_bytes > SHARED_LIMITS[target]:
             continue
-        if warps * 32 * 32 > 2 * block_n * tile * 8 or stages * block_bytes < 24000:
-            continue  # warps with nothing to do; too little on its way
-        cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "EARLY": early}
+        if warps == 8 and block_n * tile < 4096:  # half of them would have nothing to do
+            continue
+        cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "EARLY": -(-early // block_k)}
         yield replace(
             kernel,
             constants=tuple({**constants, **cut}.items()),
@@ -127,7 +122,8 @@ class _Matrices:
         tokens = self.constants["BLOCK_M"]
         self.x = torch.randn((tokens, self.constants["K"]), dtype=dtype, device="cuda")
         out = torch.float32 if kernel.arguments[3][1] == "*fp32" else dtype
-        self.y = torch.zeros((tokens, self.constants["YS"]), dtype=out, device="cuda")
+        most = self.constants["SPLITS"] * self.constants["PART_ROWS"]
+        self.y = torch.zeros((most, self.constants["YS"]), dtype=out, device="cuda")
         self.full = torch.zeros((tokens, rows), dtype=dtype, device="cuda")
         self.bias = torch.zeros(rows, device="cuda")
 
@@ -144,7 +140,8 @@ class _Matrices:
         files = {entry["file"]: cubin, KERNELS_FILE: json.dumps(table).encode()}
         library = Library(files, Driver(), lambda: self.torch.cuda.current_stream().cuda_stream)
         tokens = len(self.x)
-        grid = (1, -(-self.constants["N"] // shape_of(way).block_n), 1)
+        splits = self.constants["SPLITS"] if self.constants["EPILOGUE"] == "parts" else 1
+        grid = (1, -(-self.constants["N"] // shape_of(way).block_n), splits)
 
         def emit() -> None:
             for i, w in enumerate(self.weights):

@@ -20,8 +20,7 @@ from benchmarks.cuda_gemm import config_for
 from puna.batch import ForwardBatch
 from puna.cuda.choices import choices_for
 from puna.cuda.compile import compile_kernels
-from puna.cuda.kernel_table import padded_cols
-from puna.cuda_memory import padded_rows
+from puna.cuda_memory import padded_cols, padded_rows
 from puna.engine import EngineConfig
 from puna.memory import workspace_specs
 from puna.models.llama.model import Activations, Layer, Llama

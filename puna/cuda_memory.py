@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from puna.cuda.gemm_shapes import num_splits
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -19,13 +20,33 @@ from puna.weights import extent
 FLOAT32 = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
 
-ROWS_MULTIPLE = 16  # rows of a stored matrix are padded to a multiple of this
+# Rows and columns of a stored matrix are padded to multiples of these.
+ROWS_MULTIPLE = 16
+COLS_MULTIPLE = 64
 ARGMAX_CHUNK = 2048  # numbers of the vocabulary that one program of argmax looks at
 MAX_PARTS = 32  # a long context is shared out in at most so many parts
+PART_ROWS = 64  # most tokens of a product that leaves its parts to the consumer
 
 
 def padded_rows(num_rows: int) -> int:
     return -(-num_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def padded_cols(num_cols: int) -> int:
+    return -(-num_cols // COLS_MULTIPLE) * COLS_MULTIPLE
+
+
+def product_splits(config: EngineConfig) -> tuple[int, int]:
+    """Into how many stretches the products of qkv, and those of o and down, are cut."""
+    spec, mapping, target = config.spec, config.mapping(0), config.target
+    q_size = extent("heads", spec.q_size, spec, mapping).size
+    kv_size = extent("kv_heads", spec.kv_size, spec, mapping).size
+    ffn = extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size
+    qkv_rows = padded_rows(q_size) + 2 * padded_rows(kv_size)
+    return (
+        num_splits(target, qkv_rows, (padded_cols(spec.hidden_size),)),
+        num_splits(target, spec.hidden_size, (padded_cols(q_size), padded_cols(ffn))),
+    )
 
 
 def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
@@ -40,6 +61,8 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
     num_heads = q_size // spec.head_dim
     qkv_rows = padded_rows(q_size) + 2 * padded_rows(kv_size)
     num_chunks = -(-vocab // ARGMAX_CHUNK)
+    qkv_splits, splits = product_splits(config)
+    largest = max(qkv_splits * qkv_rows, splits * spec.hidden_size)
     return {
         "partial_TD": (dtype, (num_tokens, spec.hidden_size)),
         "q_TQ": (dtype, (num_tokens, q_size)),
@@ -48,6 +71,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "qkv_TX": (dtype, (num_tokens, qkv_rows)),
         "attended_TQ": (dtype, (num_tokens, q_size)),
         "gate_up_TX": (dtype, (num_tokens, 2 * padded_rows(ffn))),
+        "product_parts": (FLOAT32, (PART_ROWS * largest,)),
         "attn_part_SBHE": (FLOAT32, (num_seqs, MAX_PARTS, num_heads, spec.head_dim)),
         "attn_scale_SBH2": (FLOAT32, (num_seqs, MAX_PARTS, num_heads, 2)),
         "argmax_value_LC": (FLOAT32, (num_seqs, num_chunks)),

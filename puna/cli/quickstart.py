@@ -104,6 +104,8 @@ def _load(engine: Path, source: str, target: str) -> LLM:
     try:
         llm = load()
     except EngineError as error:
+        if not _is_damaged(engine):
+            raise
         print(f"{error}: building it again")
         _build(source, engine, target)
         start = time.perf_counter()
@@ -111,6 +113,20 @@ def _load(engine: Path, source: str, target: str) -> LLM:
     print(f"loaded and verified in {time.perf_counter() - start:.1f} s\n")
     print_notice(llm)
     return llm
+
+
+def _is_damaged(engine: Path) -> bool:
+    """Whether another build would help: not where it is this machine that does not run it."""
+    from puna.engine import read_config
+    from puna.manifest import check_files, read_manifest
+
+    try:
+        config = read_config(engine)
+        ranks = range(0 if config.dummy else config.world_size)
+        check_files(engine, read_manifest(engine), ranks, os.cpu_count() or 1)
+    except EngineError:
+        return True
+    return False
 
 
 def _answer(llm: LLM, question: str) -> None:

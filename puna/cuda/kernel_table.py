@@ -9,15 +9,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from puna.cuda.gemm_shapes import gemm_shape
-from puna.cuda_memory import ARGMAX_CHUNK, MAX_PARTS, padded_rows
+from puna.cuda.gemm_shapes import early_columns, gemm_shape, overlaps, stretch
+from puna.cuda_memory import (
+    ARGMAX_CHUNK,
+    MAX_PARTS,
+    PART_ROWS,
+    padded_cols,
+    padded_rows,
+    product_splits,
+)
 from puna.engine import EngineConfig
 from puna.weights import extent
 
 Constant = int | float | str | bool
 
-KERNELS_DIR = "kernels"  # of an engine
-KERNELS_FILE = "kernels.json"  # in it: all that a launch must know
+KERNELS_FILE = "kernels.json"  # in an engine's kernels/: all that a launch must know
 
 GEMM_TILES = (16, 32, 64)  # tokens a program
 # Attention of a decode batch: a part of a context has at least so many blocks.
@@ -70,6 +76,8 @@ class _Shapes:
     vocab_size: int
     seqs: int
     p: int
+    qkv_splits: int
+    splits: int  # of o and down
 
     @property
     def q(self) -> int:
@@ -92,11 +100,6 @@ class _Shapes:
         return self.v_at + padded_rows(self.kv)
 
 
-def padded_cols(num_cols: int) -> int:
-    """Columns of a stored matrix."""
-    return -(-num_cols // 64) * 64
-
-
 def power_of_two(n: int) -> int:
     """The least one from n on."""
     return 1 << (n - 1).bit_length()
@@ -116,11 +119,6 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
     return tuple(replace(kernel, constants=(*kernel.constants, flag)) for kernel in kernels)
 
 
-def overlaps(target: str) -> bool:
-    """Whether kernels of a target may start before those in front of them have ended."""
-    return target in ("sm_90", "sm_100", "sm_120")
-
-
 def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     """CUDA C++ kernels of the engine's target; none yet."""
     return ()
@@ -129,6 +127,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
 def _shapes(config: EngineConfig) -> _Shapes:
     spec, mapping = config.spec, config.mapping(0)
     ffn = extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size
+    qkv_splits, splits = product_splits(config)
     return _Shapes(
         d=spec.hidden_size,
         h=extent("heads", spec.q_size, spec, mapping).size // spec.head_dim,
@@ -139,6 +138,8 @@ def _shapes(config: EngineConfig) -> _Shapes:
         vocab_size=spec.vocab_size,
         seqs=config.limits.max_batch_size,
         p=config.limits.block_size,
+        qkv_splits=qkv_splits,
+        splits=splits,
     )
 
 
@@ -147,34 +148,39 @@ def _row_kernels(
 ) -> list[TritonKernel]:
     block = power_of_two(s.d)
     warps = min(max(block // 512, 1), 8)
-    embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
-    embed += (("residual_TD", "*fp32"), ("partial_TD", dtype))
     table = (("V", s.vocab_size), ("D", s.d), ("KP", padded_cols(s.d)), ("BLOCK", block))
-    norm = (("residual_TD", "*fp32"), ("partial_TD", dtype), ("weight_D", "*fp32"))
-    norm += (("out_TD", dtype), ("rows_L", "*i32"))
-    kernels = [
-        TritonKernel(
-            name, "rows", "embed", embed, (*table, ("CLEAR_PARTIAL", is_cleared)), warps, 1
-        )
-        for name, is_cleared in (("embed", False), ("embed_clear", True))
-    ]
-    for name, adds, picks in (
-        ("norm", False, False),
-        ("norm_add", True, False),
-        ("norm_pick", False, True),
-        ("norm_add_pick", True, True),
+    kernels = []
+    # What of a stream is beside its residual: nothing, `partial`, or the parts of a product.
+    for beside, kind, splits in (
+        ("", dtype, 1),
+        ("_partial", dtype, 1),
+        ("_parts", "*fp32", s.splits),
     ):
-        constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
-        constants += (("ADD_PARTIAL", adds), ("PICK_ROWS", picks))
-        kernels.append(TritonKernel(name, "rows", "norm", norm, constants, warps, 1))
-    rope = (("qkv_TX", dtype), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
-    rope += (("positions_T", "*i32"), ("slots_T", "*i32"), ("q_TQ", dtype))
-    rope += (("keys_NKPE", dtype), ("values_NKPE", dtype))
-    constants = (("H", s.h), ("K", s.k), ("E", s.e), ("P", s.p), ("XS", s.qkv))
-    constants += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", attention_bias))
-    constants += (("CLIP", dtype == "*fp16"), ("HEADS", ROPE_HEADS))
-    constants += (("HALF", power_of_two(s.e // 2)),)
-    kernels.append(TritonKernel("rope_append", "rows", "rope_append", rope, constants, 4, 1))
+        parts = (("SPLITS", splits), ("PART_ROWS", PART_ROWS))
+        embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
+        embed += (("residual_TD", "*fp32"), ("partial_TD", kind))
+        constants = (*table, ("CLEARS", bool(beside)), *parts)
+        kernels.append(TritonKernel(f"embed{beside}", "rows", "embed", embed, constants, warps, 1))
+        norm = (("residual_TD", "*fp32"), ("partial_TD", kind), ("weight_D", "*fp32"))
+        norm += (("out_TD", dtype), ("rows_L", "*i32"))
+        for pick in ("", "_pick"):
+            constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
+            constants += (("ADD_PARTIAL", bool(beside)), ("PICK_ROWS", bool(pick)), *parts)
+            name = f"norm{beside}{pick}"
+            kernels.append(TritonKernel(name, "rows", "norm", norm, constants, warps, 1))
+    rotated = (("H", s.h), ("K", s.k), ("E", s.e), ("P", s.p), ("XS", s.qkv))
+    rotated += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", attention_bias))
+    rotated += (("CLIP", dtype == "*fp16"), ("HEADS", ROPE_HEADS))
+    rotated += (("HALF", power_of_two(s.e // 2)),)
+    for name, kind, splits in (
+        ("rope_append", dtype, 1),
+        ("rope_append_parts", "*fp32", s.qkv_splits),
+    ):
+        rope = (("qkv_TX", kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
+        rope += (("positions_T", "*i32"), ("slots_T", "*i32"), ("q_TQ", dtype))
+        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype))
+        constants = (*rotated, ("SPLITS", splits), ("PART_ROWS", PART_ROWS))
+        kernels.append(TritonKernel(name, "rows", "rope_append", rope, constants, 4, 1))
     silu = (("gate_up_TX", dtype), ("bias_N", "*fp32"), ("act_TF", dtype))
     up_at = padded_rows(s.f)
     constants = (("F", s.f), ("XS", 2 * up_at), ("UP_AT", up_at), ("HAS_BIAS", mlp_bias))
@@ -190,29 +196,35 @@ def _row_kernels(
 def _gemms(
     s: _Shapes, dtype: str, target: str, attention_bias: bool, mlp_bias: bool
 ) -> list[TritonKernel]:
-    up_at = padded_rows(s.f)
     kernels = []
-    for role, num_rows, num_cols, row_stride, epilogue, has_bias in (
-        ("qkv", s.qkv, s.d, s.qkv, "store", False),
-        ("o", s.d, s.q, s.d, "add", attention_bias),
-        ("gate_up", s.f, s.d, s.f, "silu", mlp_bias),
-        ("down", s.d, s.f, s.d, "add", mlp_bias),
-        ("head", s.v, s.d, s.v, "store", False),
+    for role, num_rows, num_cols, row_stride, epilogue, has_bias, splits in (
+        ("qkv", s.qkv, s.d, s.qkv, "store", False, s.qkv_splits),
+        ("o", s.d, s.q, s.d, "add", attention_bias, s.splits),
+        ("gate_up", s.f, s.d, s.f, "silu", mlp_bias, 1),
+        ("down", s.d, s.f, s.d, "add", mlp_bias, s.splits),
+        ("head", s.v, s.d, s.v, "store", False, 1),
     ):
-        out = "*fp32" if epilogue == "add" or role == "head" else dtype
-        arguments = (("x_MK", dtype), ("w_NK", dtype), ("bias_N", "*fp32"), ("y_MN", out))
-        arguments += (("M", "i32"),)
         cols = padded_cols(num_cols)
-        for tile in GEMM_TILES:
-            shape = gemm_shape(target, num_rows, cols, epilogue, tile, overlaps(target))
+        early = early_columns(target, cols, splits)
+        shapes = {
+            tile: gemm_shape(target, num_rows, cols, epilogue, tile, splits) for tile in GEMM_TILES
+        }
+        ways = [(f"gemm_{role}_{tile}", epilogue, shape) for tile, shape in shapes.items()]
+        if splits > 1:
+            ways = [(name, "parts", shape) for name, _, shape in ways]
+            ways.append((f"gemm_{role}_whole", epilogue, shapes[GEMM_TILES[-1]]))
+        for (name, way, shape), tile in zip(ways, (*GEMM_TILES, GEMM_TILES[-1]), strict=False):
+            is_float32 = way in ("add", "parts") or role == "head"
+            arguments = (("x_MK", dtype), ("w_NK", dtype), ("bias_N", "*fp32"))
+            arguments += (("y_MN", "*fp32" if is_float32 else dtype), ("M", "i32"))
             constants = (("N", num_rows), ("K", num_cols), ("KP", cols), ("YS", row_stride))
-            constants += (("UP_AT", up_at), ("EPILOGUE", epilogue), ("HAS_BIAS", has_bias))
+            constants += (("UP_AT", padded_rows(s.f)), ("EPILOGUE", way), ("HAS_BIAS", has_bias))
             constants += (("BLOCK_M", tile), ("BLOCK_N", shape.block_n))
-            constants += (("BLOCK_K", shape.block_k), ("EARLY", shape.early))
-            name, warps = f"gemm_{role}_{tile}", shape.num_warps
-            kernels.append(
-                TritonKernel(name, "gemm", "gemm", arguments, constants, warps, shape.num_stages)
-            )
+            constants += (("BLOCK_K", shape.block_k), ("EARLY", -(-early // shape.block_k)))
+            constants += (("SPLITS", splits), ("STRETCH", stretch(cols, splits)))
+            constants += (("PART_ROWS", PART_ROWS),)
+            stages, warps = shape.num_stages, shape.num_warps
+            kernels.append(TritonKernel(name, "gemm", "gemm", arguments, constants, warps, stages))
     return kernels
 
 

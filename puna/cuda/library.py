@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from puna.cuda.driver import Driver, Function
-from puna.cuda.kernel_table import KERNELS_DIR, KERNELS_FILE
+from puna.cuda.kernel_table import KERNELS_FILE
+from puna.engine import KERNELS_DIR
 from puna.errors import EngineError
 
 _ALIGNMENT = 16  # of pointers to floats, as the kernels were compiled for

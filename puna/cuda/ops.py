@@ -3,11 +3,12 @@
 This file decides which kernels an operation is, and which product goes to cuBLAS; how many
 tokens decide between them is in `puna.cuda.choices`. It knows nothing of how a kernel computes.
 
-The residual is float32; what feeds a product, and `partial`, have the engine's dtype. Up to
-`Choices.direct_tokens` tokens, and always where the engine runs deterministically, products with
-few rows add straight into the residual and `partial` is not touched; beyond, cuBLAS writes
-`partial` and the consumer adds it. Which of the two depends on the stream's number of tokens alone,
-so operations of one step may be recorded apart.
+The residual is float32; what feeds a product, and `partial`, have the engine's dtype. Beyond
+`Choices.direct_tokens` tokens cuBLAS computes the products: it writes `partial`, and the consumer
+adds it. Up to so many, and always where the engine runs deterministically, they are skinny ones,
+which add into the residual or leave parts for the consumer to add; `partial` is not touched. Which
+it is depends on the stream's number of tokens alone, so operations of one step may be recorded
+apart.
 
 Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding included.
 """
@@ -15,99 +16,18 @@ Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
+from puna.cuda.interfaces import FusedOps, Grid, Kernels, Matrix, Recorder, Tensor
 from puna.cuda.kernel_table import GEMM_TILES, ROPE_HEADS, ROW_BLOCK
-from puna.cuda_memory import ARGMAX_CHUNK, padded_rows
+from puna.cuda_memory import ARGMAX_CHUNK, PART_ROWS, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
 from puna.quant import Format
-
-# A torch.Tensor. The model's types say Array: what they hold is whatever the device's arrays are.
-Tensor = Any
-Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A stored matrix: num_rows x num_cols within data_NK, which is padded with zeros."""
-
-    data_NK: Tensor
-    num_rows: int
-    num_cols: int
-
-
-class Kernels(Protocol):
-    """The engine's compiled kernels by name. `puna.cuda.library.Library` on a GPU."""
-
-    def launch(
-        self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...], overlaps: bool
-    ) -> None:
-        """Run on the current stream; tensors are passed as pointers, numbers as int32.
-
-        `overlaps`: it may start before the kernel in front has ended, if it was compiled for that.
-        """
-        ...
-
-    def constant(self, name: str, key: str) -> int:
-        """What the kernel was compiled with."""
-        ...
-
-
-class Recorder(Protocol):
-    """How launches become a program: `puna.cuda.graphs.GraphRecorder` on a GPU."""
-
-    def prepare(self, call: Callable[[], None]) -> None:
-        """Run at once, on the stream that launches are recorded from."""
-        ...
-
-    def record(self, emit: Callable[[], None]) -> Program: ...
-
-
-class FusedOps(Protocol):
-    """Operations for a few tokens at once that are kernels of their own on some target.
-
-    They are used up to `Choices.fused_tokens` tokens (qkv and attention: of a decode batch), add
-    straight into the residual, and never touch `partial`. `weight_XK` are q, k, v or gate, up one
-    after the other, each padded to a multiple of 16 rows.
-    """
-
-    def qkv(
-        self,
-        x: Stream,
-        norm: Norm,
-        weight_XK: Tensor,
-        bias_N: Tensor | None,
-        rope: RopeTable,
-        batch: ForwardBatch,
-        cache: LayerCache,
-        q_TQ: Tensor,
-    ) -> None: ...
-
-    def attention(
-        self,
-        q_TQ: Tensor,
-        batch: ForwardBatch,
-        cache: LayerCache,
-        weight_NK: Tensor,
-        bias_N: Tensor | None,
-        x: Stream,
-    ) -> None: ...
-
-    def gate_up(
-        self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
-    ) -> None: ...
-
-    def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None: ...
-
-    def head(
-        self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
-    ) -> None: ...
 
 
 class CudaOps:
@@ -169,12 +89,12 @@ class CudaOps:
 
     def embed(self, token_ids_T: Tensor, table: Linear, x: Stream) -> None:
         (matrix,) = table.weights
-        name = "embed" if self._is_direct(x) else "embed_clear"
+        beside, array = self._beside(x)
         last_tokens_R = self._arrays["last_tokens_R"]
         self._launch(
-            name,
+            f"embed{beside}",
             (len(token_ids_T), 1, 1),
-            (token_ids_T, last_tokens_R, matrix.data_NK, x.residual_TD, x.partial_TD),
+            (token_ids_T, last_tokens_R, matrix.data_NK, x.residual_TD, array),
         )
 
     def qkv(
@@ -195,14 +115,19 @@ class CudaOps:
         num_tokens, q_size = q_TQ.shape
         normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
         self._norm(x, norm, normed_TD)
-        if self._is_direct(x):
-            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX)
-        else:
+        name = "rope_append"
+        if not self._is_direct(x):
             self._product(normed_TD, weight_XK, qkv_TX)
+        elif self._leaves_parts("qkv", num_tokens):
+            name = "rope_append_parts"
+            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX, self._arrays["product_parts"])
+            qkv_TX = self._arrays["product_parts"]
+        else:
+            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX)
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
         num_heads = q_size // head_dim + 2 * num_kv_heads
         self._launch(
-            "rope_append",
+            name,
             (num_tokens, -(-num_heads // ROPE_HEADS), 1),
             (
                 qkv_TX,
@@ -315,11 +240,11 @@ class CudaOps:
                 fused.head(x, rows_L, norm, matrix.data_NK, logits_LV)
             return
         normed_LD = self._arrays["normed_TD"][: len(rows_L)]
-        name = "norm_pick" if self._is_direct(x) else "norm_add_pick"
+        beside, array = self._beside(x)
         self._launch(
-            name,
+            f"norm{beside}_pick",
             (len(rows_L), 1, 1),
-            (x.residual_TD, x.partial_TD, norm.weight_D, normed_LD, rows_L),
+            (x.residual_TD, array, norm.weight_D, normed_LD, rows_L),
         )
         self._gemm("head", normed_LD, matrix.data_NK, None, logits_LV)
 
@@ -342,8 +267,21 @@ class CudaOps:
             array[:, :, pairs_C2[:, 1]] = array[:, :, pairs_C2[:, 0]]
 
     def _is_direct(self, x: Stream) -> bool:
-        """Whether products add into this stream's residual, and `partial` is not used."""
+        """Whether products of this stream's rows are skinny ones."""
         return self._is_deterministic or len(x.residual_TD) <= self._choices.direct_tokens
+
+    def _leaves_parts(self, role: str, num_tokens: int) -> bool:
+        """Whether a skinny product leaves it to its consumer to add its parts."""
+        return num_tokens <= PART_ROWS and self._kernels.constant(f"gemm_{role}_16", "SPLITS") > 1
+
+    def _beside(self, x: Stream) -> tuple[str, Tensor]:
+        """What of a stream is beside its residual, by the number of its rows: nothing, the parts of
+        a product, or `partial`."""
+        if not self._is_direct(x):
+            return "_partial", x.partial_TD
+        if not self._fused_for(x) and self._leaves_parts("o", len(x.residual_TD)):
+            return "_parts", self._arrays["product_parts"]
+        return "", x.partial_TD
 
     def _fused_for(self, x: Stream) -> FusedOps | None:
         num_tokens = len(x.residual_TD)
@@ -359,17 +297,20 @@ class CudaOps:
         return self._arrays["rope_cos_PE"] if linear.bias_N is None else linear.bias_N
 
     def _norm(self, x: Stream, norm: Norm, out_TD: Tensor) -> None:
+        beside, array = self._beside(x)
         self._launch(
-            "norm" if self._is_direct(x) else "norm_add",
+            f"norm{beside}",
             (len(out_TD), 1, 1),
-            (x.residual_TD, x.partial_TD, norm.weight_D, out_TD, self._arrays["last_tokens_R"]),
+            (x.residual_TD, array, norm.weight_D, out_TD, self._arrays["last_tokens_R"]),
         )
 
     def _into_stream(self, role: str, in_TK: Tensor, linear: Linear, x: Stream) -> None:
-        """Add a product to the stream: to its residual, or as its partial."""
+        """Add a product to the stream: to its residual, or beside it."""
         (matrix,) = linear.weights
-        if self._is_direct(x):
-            self._gemm(role, in_TK, matrix.data_NK, linear.bias_N, x.residual_TD)
+        beside, array = self._beside(x)
+        if beside != "_partial":
+            parts = array if beside == "_parts" else None
+            self._gemm(role, in_TK, matrix.data_NK, linear.bias_N, x.residual_TD, parts)
             return
         self._product(in_TK, matrix.data_NK, x.partial_TD)
         if linear.bias_N is not None:
@@ -378,16 +319,29 @@ class CudaOps:
             self._launch("add_bias", grid, (x.partial_TD, linear.bias_N))
 
     def _gemm(
-        self, role: str, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, y_MN: Tensor
+        self,
+        role: str,
+        x_MK: Tensor,
+        w_NK: Tensor,
+        bias_N: Tensor | None,
+        y_MN: Tensor,
+        parts: Tensor | None = None,
     ) -> None:
-        """The skinny product of a role, in tiles of as many tokens as there are, or of the most."""
+        """The skinny product of a role, in tiles of as many tokens as there are, or of the most:
+        into y, or its parts for the consumer to add."""
         num_tokens = len(x_MK)
         tile = next((tile for tile in GEMM_TILES if num_tokens <= tile), GEMM_TILES[-1])
-        name = f"gemm_{role}_{tile}"
+        name, num_splits = f"gemm_{role}_{tile}", 1
+        splits = self._kernels.constant(name, "SPLITS")
+        if parts is not None:
+            num_splits = splits
+        elif splits > 1:
+            name, tile = f"gemm_{role}_whole", GEMM_TILES[-1]
         num_programs = -(-y_MN.shape[1] // self._kernels.constant(name, "BLOCK_N"))
         bias = self._arrays["rope_cos_PE"] if bias_N is None else bias_N
-        grid = (-(-num_tokens // tile), num_programs, 1)
-        self._launch(name, grid, (x_MK, w_NK, bias, y_MN, num_tokens))
+        grid = (-(-num_tokens // tile), num_programs, num_splits)
+        out = y_MN if parts is None else parts
+        self._launch(name, grid, (x_MK, w_NK, bias, out, num_tokens))
 
     def _product(self, x_TK: Tensor, w_NK: Tensor, y_TN: Tensor) -> None:
         """y = x W^T by cuBLAS."""

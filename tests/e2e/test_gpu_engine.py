@@ -213,6 +213,22 @@ def test_a_build_killed_while_it_compiles_leaves_no_engine(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compiling", "e"]
 
 
+def test_quickstart_on_another_machine_is_not_built_again(
+    hf_checkpoint: Path, puna: Puna, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is whole, there is only no GPU to run it."""
+    monkeypatch.setattr("puna.runtime.gpu.find_driver", lambda: None)
+    run = ("quickstart", "--model", hf_checkpoint, "--cache", tmp_path, "--target", "sm_90")
+    found = puna(*run)
+    assert found.status == 2 and "the engine was built for sm_90" in found.err
+    assert found.out.startswith("built ") and "for sm_90 from" in found.out
+    assert "again" not in found.out
+    (engine,) = (tmp_path / "engines").iterdir()
+    (engine / "kernels" / "norm.cubin").write_bytes(b"")
+    assert "norm.cubin has 0 bytes instead of 4,000: copy" in (again := puna(*run)).out
+    assert "building it again" in again.out
+
+
 @pytest.mark.skipif(bool(missing_packages(COMPILERS)), reason="needs the compilers of puna[cuda]")
 def test_real_kernels(puna: Puna, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled without a GPU; every file of the table is there, and none beside them."""

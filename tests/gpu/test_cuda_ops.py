@@ -100,10 +100,7 @@ def test_real_mlp(device: TestDevice, spec: ModelSpec, dtype: str, num_tokens: i
     right = activated(sum_TD, norm, linear, torch.float64)
     assert_near(act_TF, right, activated(sum_TD, norm, linear, bench.dtype))
     down = bench.linear([spec.hidden_size], ffn)
-    before_TD = x.residual_TD.clone()
-    bench.run(lambda: bench.ops.down(act_TF, down, x))
-    found_TD = x.residual_TD.double() - before_TD.double()
-    found_TD = x.partial_TD if num_tokens > 20 else found_TD
+    found_TD = bench.added_by(lambda: bench.ops.down(act_TF, down, x), x)
     product_TD, same_TD = (project(act_TF, down, kind) for kind in (torch.float64, bench.dtype))
     assert_near(found_TD, product_TD, same_TD)
 
@@ -157,9 +154,15 @@ def test_a_row_is_alone_where_deterministic(device: TestDevice) -> None:
         x = Stream(residual_TD, bench.poisoned(*residual_TD.shape, dtype=bench.dtype))
         act_TF = bench.poisoned(num_tokens, ffn, dtype=bench.dtype)
 
-        def emit(x: Stream = x, act_TF: torch.Tensor = act_TF) -> None:
+        bench.arrays["product_parts"][:] = 0.0
+        normed_TD = bench.poisoned(*residual_TD.shape, dtype=bench.dtype)
+
+        def emit(
+            x: Stream = x, act_TF: torch.Tensor = act_TF, normed_TD: torch.Tensor = normed_TD
+        ) -> None:
             bench.ops.gate_up(x, norm, gate_up, act_TF)
             bench.ops.down(act_TF, down, x)
+            bench.ops._norm(x, norm, normed_TD)  # takes in what down left beside the residual
 
         bench.run(emit)
         found.append((act_TF, residual_TD))

@@ -18,9 +18,8 @@ from cuda_configs import BLOCK, cuda_config
 
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
-from puna.cuda.kernel_table import padded_cols
 from puna.cuda.ops import CudaOps
-from puna.cuda_memory import padded_rows
+from puna.cuda_memory import PART_ROWS, padded_cols, padded_rows, product_splits
 from puna.engine import EngineConfig
 from puna.memory import workspace_specs
 from puna.models.llama.model import Activations, Layer, Llama
@@ -46,7 +45,7 @@ class TestDevice:
 
 SPEC = ModelSpec(
     hidden_size=72,
-    intermediate_size=100,
+    intermediate_size=200,
     num_layers=1,
     num_heads=6,
     num_kv_heads=2,
@@ -56,7 +55,8 @@ SPEC = ModelSpec(
     attention_bias=True,
     mlp_bias=True,
 )
-PLAIN = ModelSpec(64, 128, 1, 4, 4, 16, 300, 1024)
+# Its product of q, k and v is one in parts, as those of o and down are above.
+PLAIN = ModelSpec(160, 128, 1, 4, 4, 16, 300, 1024)
 
 
 def arrays_of(config: EngineConfig, device: str) -> dict[str, torch.Tensor]:
@@ -125,16 +125,52 @@ class Bench:
     def stream(self, num_tokens: int) -> tuple[Stream, torch.Tensor]:
         """A stream, and the residual that its consumer should see, in float32."""
         residual_TD = self.floats(num_tokens, self.spec.hidden_size)
-        if num_tokens <= DIRECT or self.ops._is_deterministic:
-            partial_TD = self.poisoned(*residual_TD.shape, dtype=self.dtype)
-            return Stream(residual_TD.clone(), partial_TD), residual_TD
-        partial_TD = self.rounded(*residual_TD.shape)
-        return Stream(residual_TD.clone(), partial_TD), residual_TD + partial_TD.float()
+        partial_TD = self.poisoned(*residual_TD.shape, dtype=self.dtype)
+        x, sum_TD = Stream(residual_TD.clone(), partial_TD), residual_TD
+        beside = self.beside(x)
+        if beside == "_partial":
+            partial_TD[:] = self.rounded(*residual_TD.shape)
+            sum_TD = residual_TD + partial_TD.float()
+        if beside == "_parts":
+            parts = self.parts(num_tokens)
+            parts[:] = self.floats(*parts.shape)
+            sum_TD = residual_TD + added(parts)
+        return x, sum_TD
+
+    def beside(self, x: Stream) -> str:
+        """How the operations hold what is not in the residual yet."""
+        return self.ops._beside(x)[0]
+
+    def parts(self, num_tokens: int) -> torch.Tensor:
+        """The parts of products of o and down, [SPLITS, T, D]."""
+        splits, hidden = product_splits(self.config)[1], self.spec.hidden_size
+        flat = self.arrays["product_parts"][: splits * PART_ROWS * hidden]
+        return flat.view(splits, PART_ROWS, hidden)[:, :num_tokens]
+
+    def added_by(self, emit: Callable[[], None], x: Stream) -> torch.Tensor:
+        """What an operation adds to a stream, wherever it leaves it; as near as float32 is."""
+        before_TD = x.residual_TD.clone()
+        self.arrays["product_parts"][:] = float("nan")
+        self.run(emit)
+        beside = self.beside(x)
+        if beside:
+            assert torch.equal(x.residual_TD, before_TD)
+        if beside == "_parts":
+            return added(self.parts(len(x.residual_TD)))
+        return x.partial_TD if beside else x.residual_TD - before_TD
 
     def run(self, emit: Callable[[], None]) -> None:
         self.ops.record(emit).run()
         if self.device != "cpu":
             torch.cuda.synchronize()
+
+
+def added(parts_STD: torch.Tensor) -> torch.Tensor:
+    """In order."""
+    total_TD = parts_STD[0].clone()
+    for part_TD in parts_STD[1:]:
+        total_TD += part_TD
+    return total_TD
 
 
 def weight_of(linear: Linear) -> torch.Tensor:
@@ -178,10 +214,12 @@ both_ways = pytest.mark.parametrize("num_tokens", [1, 16, 17, 20, 21, 37])
 
 
 @both_dtypes
+@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["parts", "whole"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 21])
-def test_embed(device: TestDevice, dtype: str, num_tokens: int) -> None:
-    bench = Bench(device, SPEC, dtype)
-    table = bench.linear([SPEC.vocab_size], SPEC.hidden_size)
+def test_embed(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: int) -> None:
+    spec = replace(spec, vocab_size=SPEC.vocab_size)
+    bench = Bench(device, spec, dtype)
+    table = bench.linear([SPEC.vocab_size], spec.hidden_size)
     bench.arrays["last_tokens_R"][:] = bench.integers([11, 22, 33, 44, 55, 66, 77, 2499])
     ids = np.arange(num_tokens) * 119
     expected_ids = ids.copy()
@@ -189,14 +227,15 @@ def test_embed(device: TestDevice, dtype: str, num_tokens: int) -> None:
         ids[2], expected_ids[2] = -1 - 5, 66
         ids[4], expected_ids[4] = -1 - 7, 2499
     x = Stream(
-        bench.poisoned(num_tokens, SPEC.hidden_size),
-        bench.poisoned(num_tokens, SPEC.hidden_size, dtype=bench.dtype),
+        bench.poisoned(num_tokens, spec.hidden_size),
+        bench.poisoned(num_tokens, spec.hidden_size, dtype=bench.dtype),
     )
     ids_T = bench.integers(ids)
     bench.run(lambda: bench.ops.embed(ids_T, table, x))
     assert torch.equal(x.residual_TD, weight_of(table)[expected_ids].float())
-    if num_tokens > DIRECT:
-        assert not x.partial_TD.any()
+    if bench.beside(x):
+        beside = x.partial_TD if bench.beside(x) == "_partial" else bench.parts(num_tokens)
+        assert not beside.any()
 
 
 def test_embed_of_no_token_is_zeros(device: TestDevice) -> None:
@@ -369,20 +408,16 @@ def check_attention(
     spec = bench.spec
     step = attention_step(bench, sequences, num_tokens, num_seqs, decode)
     linear = bench.linear([spec.hidden_size], spec.q_size, spec.attention_bias)
-    x, sum_TD = bench.stream(num_tokens)
-    before_TD = x.residual_TD.clone()
-    bench.run(lambda: bench.ops.attention(step.q_TQ, step.batch, step.cache, linear, x))
+    x, _ = bench.stream(num_tokens)
+    found_TD = bench.added_by(
+        lambda: bench.ops.attention(step.q_TQ, step.batch, step.cache, linear, x), x
+    )
     real = slice(step.num_real)
     right_TQ = naive_attention(bench, step, torch.float64)
     same_TQ = naive_attention(bench, step, bench.dtype)
     assert_near(bench.arrays["attended_TQ"][real], right_TQ, same_TQ)
     expected_TD = project(right_TQ, linear, torch.float64)
-    found_TD = x.residual_TD.double() - before_TD.double()
-    if num_tokens > DIRECT and not bench.ops._is_deterministic:
-        assert torch.equal(x.residual_TD, before_TD)
-        found_TD = x.partial_TD.double()
     assert_near(found_TD[real], expected_TD, project(same_TQ, linear, bench.dtype))
-    assert not torch.isnan(sum_TD).any()
 
 
 SHAPES = pytest.mark.parametrize(
@@ -459,15 +494,25 @@ def test_down(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: int) 
     act_TF = bench.rounded(num_tokens, spec.intermediate_size)
     linear = bench.linear([spec.hidden_size], spec.intermediate_size, spec.mlp_bias)
     x, _ = bench.stream(num_tokens)
-    before_TD = x.residual_TD.clone()
-    bench.run(lambda: bench.ops.down(act_TF, linear, x))
+    found_TD = bench.added_by(lambda: bench.ops.down(act_TF, linear, x), x)
     product_TD = project(act_TF, linear, torch.float64)
+    assert_near(found_TD, product_TD, project(act_TF, linear, bench.dtype))
+
+
+def test_down_of_many_tokens_where_deterministic(device: TestDevice) -> None:
+    """Skinny, though beyond the tokens whose parts are left to the consumer."""
+    bench = Bench(device, SPEC, "float16", deterministic=True)
+    act_TF = bench.rounded(70, SPEC.intermediate_size)
+    linear = bench.linear([SPEC.hidden_size], SPEC.intermediate_size, True)
+    x, _ = bench.stream(70)
+    assert not bench.beside(x)
+    found_TD = bench.added_by(lambda: bench.ops.down(act_TF, linear, x), x)
     same_TD = project(act_TF, linear, bench.dtype)
-    if num_tokens > DIRECT:
-        assert torch.equal(x.residual_TD, before_TD)
-        assert_near(x.partial_TD, product_TD, same_TD)
-    else:
-        assert_near(x.residual_TD, before_TD + product_TD, before_TD.to(bench.dtype) + same_TD)
+    assert_near(found_TD, project(act_TF, linear, torch.float64), same_TD)
+    few, _ = bench.stream(40)
+    parts_TD = bench.added_by(lambda: bench.ops.down(act_TF[:40], linear, few), few)
+    assert bench.beside(few) == "_parts"
+    assert_near(parts_TD, project(act_TF[:40], linear, torch.float64), same_TD[:40])
 
 
 @both_dtypes
@@ -520,7 +565,7 @@ def test_copy_blocks(device: TestDevice) -> None:
 
 MODEL = ModelSpec(
     hidden_size=72,
-    intermediate_size=100,
+    intermediate_size=200,
     num_layers=2,
     num_heads=6,
     num_kv_heads=2,

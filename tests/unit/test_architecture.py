@@ -57,7 +57,7 @@ RUN = [
     ("runtime.rendezvous",),
     ("runtime.launch",),
     ("cpu", "cuda.ops", "cuda.graphs", "cuda.library"),
-    ("ops", "cuda.choices"),
+    ("ops", "cuda.choices", "cuda.interfaces"),
 ]
 BUILD = [
     ("cli",),
@@ -67,8 +67,7 @@ BUILD = [
 SHARED = [
     ("tokenizer",),
     ("manifest", "shard", "memory", "dummy"),
-    ("cuda",),
-    ("cuda_memory",),
+    ("cuda", "cuda_memory"),
     ("rank_file",),
     ("engine",),
     ("layout", "targets", "rope", "batch", "dummy_values"),
@@ -80,7 +79,7 @@ SHARED = [
     ("errors",),
 ]
 RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
-RUN_ONLY += ("cuda.ops", "cuda.graphs", "cuda.library", "cuda.choices")
+RUN_ONLY += ("cuda.ops", "cuda.graphs", "cuda.library", "cuda.choices", "cuda.interfaces")
 BUILD_ONLY = ("builder", *BUILD[-1])
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")

@@ -8,12 +8,22 @@ dependent launch, from sm_90 on); what others wrote it reads after gdc_wait.
 # Triton gives tensors their operators, and constants their values, when it compiles.
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _sum_parts(at, is_in, SPLITS: tl.constexpr, STRIDE: tl.constexpr):
+    """The parts of a product, added in order."""
+    total = tl.load(at, mask=is_in, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(at + split * STRIDE, mask=is_in, other=0.0)
+    return total
 
 
 @triton.jit
@@ -27,10 +37,14 @@ def embed(
     D: tl.constexpr,
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
-    CLEAR_PARTIAL: tl.constexpr,
+    CLEARS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """residual = row of the table, zeros where there is no such token. Grid: (T,).
+
+    CLEARS: zeros to `partial`, which is one array or the SPLITS parts of a product.
 
     An id below 0 stands for the last token that was sampled for row -1 - id of the mirror.
     """
@@ -46,8 +60,10 @@ def embed(
     at = token.to(tl.int64) * KP
     row = tl.load(table_VD + at + d, mask=d < num_here, other=0.0)
     tl.store(residual_TD + t * D + d, row.to(tl.float32), mask=d < D)
-    if CLEAR_PARTIAL:
-        tl.store(partial_TD + t * D + d, tl.zeros_like(row), mask=d < D)
+    if CLEARS:
+        zero = tl.zeros((BLOCK,), partial_TD.dtype.element_ty)
+        for split in tl.static_range(0, SPLITS):
+            tl.store(partial_TD + split * (PART_ROWS * D) + t * D + d, zero, mask=d < D)
 
 
 @triton.jit
@@ -62,12 +78,14 @@ def norm(
     BLOCK: tl.constexpr,
     ADD_PARTIAL: tl.constexpr,
     PICK_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """out = RMSNorm(residual + partial). Grid: (T,), or (L,) with PICK_ROWS.
 
-    The sum is written back to the residual; with PICK_ROWS, where out has the picked rows only, the
-    stream is left as it is.
+    `partial` is one array or, for SPLITS over 1, the parts of a product. The sum is written back to
+    the residual; with PICK_ROWS, where out has the picked rows only, the stream is left as it is.
     """
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -80,7 +98,8 @@ def norm(
         row = tl.load(rows_L + t).to(tl.int64)
     x = tl.load(residual_TD + row * D + d, mask=d < D, other=0.0)
     if ADD_PARTIAL:
-        x += tl.load(partial_TD + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        at = partial_TD + row * D + d
+        x += _sum_parts(at, d < D, SPLITS, PART_ROWS * D).to(tl.float32)
         if not PICK_ROWS:
             tl.store(residual_TD + row * D + d, x, mask=d < D)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + EPS)
@@ -110,12 +129,15 @@ def rope_append(
     CLIP: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Rotate q and k, store k and v in their slots. Grid: (T, ceil((H + 2 K) / HEADS)).
 
     Query heads, KV heads' keys and their values are numbered through: H + 2 K heads a token, of
-    which a program takes HEADS. Keys begin at column K_AT of a row, values at V_AT.
+    which a program takes HEADS. Keys begin at column K_AT of a row, values at V_AT. What is rotated
+    may be the SPLITS parts of a product.
     """
     t = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -128,8 +150,11 @@ def rope_append(
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    first = tl.load(qkv_TX + t * XS + at + i, mask=is_in, other=0.0).to(tl.float32)
-    second = tl.load(qkv_TX + t * XS + at + i + E // 2, mask=is_in, other=0.0).to(tl.float32)
+    at = qkv_TX + t * XS + at + i
+    # Rounded as it is where the product itself was stored.
+    dtype = q_TQ.dtype.element_ty
+    first = _sum_parts(at, is_in, SPLITS, PART_ROWS * XS).to(dtype).to(tl.float32)
+    second = _sum_parts(at + E // 2, is_in, SPLITS, PART_ROWS * XS).to(dtype).to(tl.float32)
     if HAS_BIAS:
         first += tl.load(bias_N + head * E + i, mask=is_in, other=0.0)
         second += tl.load(bias_N + head * E + i + E // 2, mask=is_in, other=0.0)
@@ -142,7 +167,6 @@ def rope_append(
     left = first * cos - second * sin
     right = second * cos + first * sin
 
-    dtype = q_TQ.dtype.element_ty
     q_at = t * (H * E) + head * E + i
     tl.store(q_TQ + q_at, left.to(dtype), mask=is_in & is_query)
     tl.store(q_TQ + q_at + E // 2, right.to(dtype), mask=is_in & is_query)

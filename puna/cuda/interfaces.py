@@ -1,0 +1,94 @@
+"""What CudaOps is made of: kernels by name, a recorder, and perhaps operations of the target's own.
+
+Protocols only; tests have kernels and recorders that need no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from puna.batch import ForwardBatch
+from puna.ops import LayerCache, Norm, Program, RopeTable, Stream
+
+# A torch.Tensor. The model's types say Array: what they hold is whatever the device's arrays are.
+Tensor = Any
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A stored matrix: num_rows x num_cols within data_NK, which is padded with zeros."""
+
+    data_NK: Tensor
+    num_rows: int
+    num_cols: int
+
+
+class Kernels(Protocol):
+    """The engine's compiled kernels by name. `puna.cuda.library.Library` on a GPU."""
+
+    def launch(
+        self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...], overlaps: bool
+    ) -> None:
+        """Run on the current stream; tensors are passed as pointers, numbers as int32.
+
+        `overlaps`: it may start before the kernel in front has ended, if it was compiled for that.
+        """
+        ...
+
+    def constant(self, name: str, key: str) -> int:
+        """What the kernel was compiled with."""
+        ...
+
+
+class Recorder(Protocol):
+    """How launches become a program: `puna.cuda.graphs.GraphRecorder` on a GPU."""
+
+    def prepare(self, call: Callable[[], None]) -> None:
+        """Run at once, on the stream that launches are recorded from."""
+        ...
+
+    def record(self, emit: Callable[[], None]) -> Program: ...
+
+
+class FusedOps(Protocol):
+    """Operations for a few tokens at once that are kernels of their own on some target.
+
+    They are used up to `Choices.fused_tokens` tokens (qkv and attention: of a decode batch), add
+    straight into the residual, and never touch `partial`. `weight_XK` are q, k, v or gate, up one
+    after the other, each padded to a multiple of 16 rows.
+    """
+
+    def qkv(
+        self,
+        x: Stream,
+        norm: Norm,
+        weight_XK: Tensor,
+        bias_N: Tensor | None,
+        rope: RopeTable,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        q_TQ: Tensor,
+    ) -> None: ...
+
+    def attention(
+        self,
+        q_TQ: Tensor,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        x: Stream,
+    ) -> None: ...
+
+    def gate_up(
+        self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
+    ) -> None: ...
+
+    def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None: ...
+
+    def head(
+        self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
+    ) -> None: ...
