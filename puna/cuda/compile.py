@@ -9,8 +9,10 @@ they are used, and nowhere else.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,29 +40,41 @@ _PTX_TYPES = MappingProxyType(
 
 
 def compile_kernels(
-    config: EngineConfig, report: Callable[[str], None] | None = None
+    config: EngineConfig,
+    report: Callable[[str], None] | None = None,
+    workers: int | None = None,
 ) -> dict[str, bytes]:
     """File name -> bytes of everything in `kernels/`; `report` is told each kernel that is done.
 
+    `workers` kernels are compiled at once (None: as many as CPUs); the bytes do not depend on it.
     ConfigError where a compiler is missing.
     """
     triton = _import("triton", "Triton")
-    entries: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
+    kernels, sources = triton_kernels(config), cuda_sources(config)
     versions = {"triton": str(triton.__version__)}
-    for kernel in triton_kernels(config):
-        files[f"{kernel.name}.cubin"], entries[kernel.name] = _compile_triton(kernel, config)
-        if report:
-            report(kernel.name)
-    sources = cuda_sources(config)
-    for source in sources:
-        file = f"{source.name}.cubin"
-        files[file] = compile_cuda(source, config.target)
-        entries |= {kernel.name: _cuda_entry(kernel, file) for kernel in source.kernels}
-        if report:
-            report(source.name)
     if sources:
         versions["nvrtc"] = _nvrtc_version()
+
+    def compile_one(
+        kernel: TritonKernel | CudaSource,
+    ) -> tuple[bytes, dict[str, dict[str, Any]]]:
+        """A cubin and the entries of its kernels."""
+        if isinstance(kernel, TritonKernel):
+            cubin, entry = _compile_triton(kernel, config)
+            return cubin, {kernel.name: entry}
+        cubin = compile_cuda(kernel, config.target)
+        return cubin, {it.name: _cuda_entry(it, f"{kernel.name}.cubin") for it in kernel.kernels}
+
+    entries: dict[str, dict[str, Any]] = {}
+    files: dict[str, bytes] = {}
+    everything = (*kernels, *sources)
+    # The compilers let go of the interpreter's lock while they work.
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for kernel, made in zip(everything, pool.map(compile_one, everything), strict=True):
+            files[f"{kernel.name}.cubin"], added = made
+            entries |= added
+            if report:
+                report(kernel.name)
     table = {"target": config.target, "compilers": versions, "kernels": entries}
     return {KERNELS_FILE: canonical_json(table), **files}
 

@@ -156,8 +156,8 @@ class Driver:
     ) -> TensorMap:
         """Describe contiguous two-byte numbers for copies of boxes; innermost dimensions first.
 
-        `is_swizzled`: in shared memory, 16-byte piece i of row r of a box lies where piece i ^ (r % 8)
-        would; rows are 128 bytes.
+        `is_swizzled`: in shared memory, 16-byte piece i of row r of a box lies where piece
+        i ^ (r % 8) would; rows are 128 bytes.
         """
         # Aligned to 64 bytes, within memory that the map keeps alive.
         memory = (ctypes.c_char * (_TENSOR_MAP_BYTES + 64))()
