@@ -69,16 +69,15 @@ def _attend_block(
 
 
 @triton.jit
-def prefill(
+def _prefill_tile(
     q_TQ,
     keys_NKPE,
     values_NKPE,
-    block_table_SM,
-    query_start_S1,
-    seq_lens_S,
+    table_M,
+    query_start,
+    num_context,
     out_TQ,
-    num_seqs,
-    max_blocks,
+    first_token,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -86,32 +85,13 @@ def prefill(
     P: tl.constexpr,
     JP: tl.constexpr,
     TOKENS: tl.constexpr,
-    SEQS: tl.constexpr,
     SCALE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    """Grid: (T // TOKENS + S, K). A program takes TOKENS tokens of a sequence and one KV head.
-
-    Sequence s has the tiles from query_start[s] // TOKENS + s on, which are enough for its tokens:
-    no host needs to know how long each is. SEQS is the power of two from S on.
-    """
+    """TOKENS tokens of a sequence, from its token `first_token` of the step on."""
     J: tl.constexpr = H // K
-    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    i = tl.arange(0, SEQS)
-    start_S = tl.load(query_start_S1 + i, mask=i < num_seqs, other=0)
-    begins_S = (i < num_seqs) & (start_S // TOKENS + i <= tile)
-    seq = tl.sum(begins_S.to(tl.int32), axis=0) - 1
-    start = tl.load(query_start_S1 + seq)
-    num_new = tl.load(query_start_S1 + seq + 1) - start
-    first_token = (tile - start // TOKENS - seq) * TOKENS
-    num_context = tl.load(seq_lens_S + seq)
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
-    if first_token >= num_new:
-        return
-
+    start = tl.load(query_start)
+    num_new = tl.load(query_start + 1) - start
     r = tl.arange(0, TOKENS * JP)
     e = tl.arange(0, EP)
     token_R = first_token + r // JP
@@ -127,7 +107,6 @@ def prefill(
     largest_R = tl.full((TOKENS * JP,), float("-inf"), tl.float32)
     total_R = tl.zeros((TOKENS * JP,), tl.float32)
     acc_RE = tl.zeros((TOKENS * JP, EP), tl.float32)
-    table_M = block_table_SM + seq.to(tl.int64) * max_blocks
     num_seen = (first_position + 1) // P  # blocks that all rows see
     for b in range(0, num_seen):
         block = tl.load(table_M + b)
@@ -173,6 +152,67 @@ def prefill(
         )
     out_RE = acc_RE / total_R[:, None]
     tl.store(out_TQ + at_RE, out_RE.to(out_TQ.dtype.element_ty), mask=is_in)
+
+
+@triton.jit
+def prefill(
+    q_TQ,
+    keys_NKPE,
+    values_NKPE,
+    block_table_SM,
+    query_start_S1,
+    seq_lens_S,
+    out_TQ,
+    num_seqs,
+    max_blocks,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    JP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SEQS: tl.constexpr,
+    SCALE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Grid: (G, K). A program takes TOKENS tokens of a sequence and one KV head at a time.
+
+    Tiles of TOKENS are numbered through over the sequences, which the host need not know: the
+    programs take them in turn, and those with most context first. SEQS is the power of two from S
+    on.
+    """
+    i = tl.arange(0, SEQS)
+    start_S = tl.load(query_start_S1 + i, mask=i < num_seqs, other=0)
+    stop_S = tl.load(query_start_S1 + i + 1, mask=i < num_seqs, other=0)
+    tiles_S = tl.cdiv(stop_S - start_S, TOKENS)
+    end_S = tl.cumsum(tiles_S, axis=0)
+    num_tiles = tl.sum(tiles_S, axis=0)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    for turn in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = num_tiles - 1 - turn
+        seq = tl.sum((end_S <= tile).to(tl.int32), axis=0)
+        first_tile = tl.sum(tl.where(i == seq, end_S - tiles_S, 0), axis=0)
+        _prefill_tile(
+            q_TQ,
+            keys_NKPE,
+            values_NKPE,
+            block_table_SM + seq.to(tl.int64) * max_blocks,
+            query_start_S1 + seq,
+            tl.load(seq_lens_S + seq),
+            out_TQ,
+            (tile - first_tile) * TOKENS,
+            H,
+            K,
+            E,
+            EP,
+            P,
+            JP,
+            TOKENS,
+            SCALE,
+        )
 
 
 @triton.jit
