@@ -247,7 +247,7 @@ def _attention(s: _Shapes, dtype: str, target: str) -> list[TritonKernel]:
     scratch = (("part_SBHE", "*fp32"), ("scale_SBH2", "*fp32"), ("out_SQ", dtype))
     arguments = (("q_SQ", dtype), *cache, ("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))
     constants = (*common, ("ROWS", max(16, j_pow)), *parts, ("SCALE", scale))
-    stages = (4 if has_room else 3) if e_pow <= 128 else 1
+    stages = (3 if has_room else 2) if e_pow <= 128 else 1
     kernels.append(TritonKernel("decode", "attention", "decode", arguments, constants, 4, stages))
     arguments = (("seq_lens_S", "*i32"), *scratch)
     constants = (("H", s.h), ("E", s.e), ("EP", e_pow), ("P", s.p), *parts)

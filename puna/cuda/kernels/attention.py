@@ -69,6 +69,58 @@ def _attend_block(
 
 
 @triton.jit
+def _attend_blocks(
+    q_RE,
+    keys_NKPE,
+    values_NKPE,
+    table_M,
+    kv_head,
+    num_context,
+    first_block,
+    stop_block,
+    position_R,
+    largest_R,
+    total_R,
+    acc_RE,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """Take in the blocks of a table from `first_block` to `stop_block`.
+
+    A warp holds 32 entries of the table at a time: were each read when it is needed, the compiler
+    could not fetch a block's keys and values before the block in front is done.
+    """
+    j = tl.arange(0, 32)
+    for chunk in range(first_block, stop_block, 32):
+        blocks_J = tl.load(table_M + chunk + j, mask=chunk + j < stop_block, other=0)
+        for b in range(chunk, tl.minimum(chunk + 32, stop_block)):
+            largest_R, total_R, acc_RE = _attend_block(
+                q_RE,
+                keys_NKPE,
+                values_NKPE,
+                tl.sum(tl.where(j == b - chunk, blocks_J, 0), axis=0),
+                kv_head,
+                num_context,
+                b * P,
+                position_R,
+                largest_R,
+                total_R,
+                acc_RE,
+                K,
+                E,
+                EP,
+                P,
+                SCALE,
+                IS_MASKED,
+            )
+    return largest_R, total_R, acc_RE
+
+
+@triton.jit
 def _prefill_tile(
     q_TQ,
     keys_NKPE,
@@ -108,48 +160,46 @@ def _prefill_tile(
     total_R = tl.zeros((TOKENS * JP,), tl.float32)
     acc_RE = tl.zeros((TOKENS * JP, EP), tl.float32)
     num_seen = (first_position + 1) // P  # blocks that all rows see
-    for b in range(0, num_seen):
-        block = tl.load(table_M + b)
-        largest_R, total_R, acc_RE = _attend_block(
-            q_RE,
-            keys_NKPE,
-            values_NKPE,
-            block,
-            kv_head,
-            num_context,
-            b * P,
-            position_R,
-            largest_R,
-            total_R,
-            acc_RE,
-            K,
-            E,
-            EP,
-            P,
-            SCALE,
-            False,
-        )
-    for b in range(num_seen, tl.cdiv(stop, P)):
-        block = tl.load(table_M + b)
-        largest_R, total_R, acc_RE = _attend_block(
-            q_RE,
-            keys_NKPE,
-            values_NKPE,
-            block,
-            kv_head,
-            num_context,
-            b * P,
-            position_R,
-            largest_R,
-            total_R,
-            acc_RE,
-            K,
-            E,
-            EP,
-            P,
-            SCALE,
-            True,
-        )
+    largest_R, total_R, acc_RE = _attend_blocks(
+        q_RE,
+        keys_NKPE,
+        values_NKPE,
+        table_M,
+        kv_head,
+        num_context,
+        0,
+        num_seen,
+        position_R,
+        largest_R,
+        total_R,
+        acc_RE,
+        K,
+        E,
+        EP,
+        P,
+        SCALE,
+        False,
+    )
+    largest_R, total_R, acc_RE = _attend_blocks(
+        q_RE,
+        keys_NKPE,
+        values_NKPE,
+        table_M,
+        kv_head,
+        num_context,
+        num_seen,
+        tl.cdiv(stop, P),
+        position_R,
+        largest_R,
+        total_R,
+        acc_RE,
+        K,
+        E,
+        EP,
+        P,
+        SCALE,
+        True,
+    )
     out_RE = acc_RE / total_R[:, None]
     tl.store(out_TQ + at_RE, out_RE.to(out_TQ.dtype.element_ty), mask=is_in)
 
@@ -271,27 +321,26 @@ def decode(
         total_R = tl.zeros((ROWS,), tl.float32)
         acc_RE = tl.zeros((ROWS, EP), tl.float32)
         first_block = part * part_blocks
-        for b in range(first_block, tl.minimum(first_block + part_blocks, num_blocks)):
-            block = tl.load(table_M + b)
-            largest_R, total_R, acc_RE = _attend_block(
-                q_RE,
-                keys_NKPE,
-                values_NKPE,
-                block,
-                kv_head,
-                num_context,
-                b * P,
-                position_R,
-                largest_R,
-                total_R,
-                acc_RE,
-                K,
-                E,
-                EP,
-                P,
-                SCALE,
-                True,
-            )
+        largest_R, total_R, acc_RE = _attend_blocks(
+            q_RE,
+            keys_NKPE,
+            values_NKPE,
+            table_M,
+            kv_head,
+            num_context,
+            first_block,
+            tl.minimum(first_block + part_blocks, num_blocks),
+            position_R,
+            largest_R,
+            total_R,
+            acc_RE,
+            K,
+            E,
+            EP,
+            P,
+            SCALE,
+            True,
+        )
         if num_parts == 1:
             out_RE = acc_RE / total_R[:, None]
             tl.store(out_SQ + at_RE, out_RE.to(out_SQ.dtype.element_ty), mask=is_in)
