@@ -189,11 +189,12 @@ class CudaOps:
     ) -> None:
         num_kv_heads = cache.values_NKPE.shape[1]
         num_seqs, max_blocks = batch.block_table_SM.shape
-        num_tiles = len(q_TQ) // self._kernels.constant("prefill", "TOKENS") + num_seqs
+        num_tiles = len(q_TQ) // self._kernels.constant("prefill", "TOKENS")
         assert num_seqs <= self._kernels.constant("prefill", "SEQS"), num_seqs
         self._launch(
             "prefill",
-            (num_tiles, num_kv_heads, 1),
+            # Enough for a few sequences; where there are more, programs take several tiles.
+            (num_tiles + min(num_seqs, 8), num_kv_heads, 1),
             (
                 q_TQ,
                 cache.keys_NKEP,
