@@ -156,6 +156,8 @@ def _parameters(ptx: str) -> list[str]:
 def compile_cuda(source: CudaSource, target: str, folder: Path = SOURCES) -> bytes:
     """The cubin of a CUDA C++ source."""
     core = _import("cuda.core", "cuda-core")
+    if not hasattr(core, "ProgramOptions"):  # as older versions of cuda-core have it
+        core = _import("cuda.core.experimental", "cuda-core")
     options = core.ProgramOptions(
         arch=f"{target}a" if compute_capability(target) >= 90 else target,
         std="c++17",

@@ -56,7 +56,7 @@ RUN = [
     ),
     ("runtime.rendezvous",),
     ("runtime.launch",),
-    ("cpu", "cuda.ops", "cuda.graphs", "cuda.library"),
+    ("cpu", "cuda.ops", "cuda.fused", "cuda.graphs", "cuda.library"),
     ("ops", "cuda.choices", "cuda.interfaces"),
 ]
 BUILD = [
@@ -79,7 +79,14 @@ SHARED = [
     ("errors",),
 ]
 RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
-RUN_ONLY += ("cuda.ops", "cuda.graphs", "cuda.library", "cuda.choices", "cuda.interfaces")
+RUN_ONLY += (
+    "cuda.ops",
+    "cuda.fused",
+    "cuda.graphs",
+    "cuda.library",
+    "cuda.choices",
+    "cuda.interfaces",
+)
 BUILD_ONLY = ("builder", *BUILD[-1])
 # Integers above, arrays below: these work for any device and any array library.
 WITHOUT_NUMPY = ("errors", "spec", "mapping", "weights", "strict_json", "version", "__main__")
