@@ -53,6 +53,8 @@ def compile_kernels(
     kernels, sources = triton_kernels(config), cuda_sources(config)
     versions = {"triton": str(triton.__version__)}
     if sources:
+        # Before there are threads: two that import it at once find it half initialised.
+        _import("cuda.core", "cuda-core")
         versions["nvrtc"] = _nvrtc_version()
 
     def compile_one(
@@ -156,8 +158,6 @@ def _parameters(ptx: str) -> list[str]:
 def compile_cuda(source: CudaSource, target: str, folder: Path = SOURCES) -> bytes:
     """The cubin of a CUDA C++ source."""
     core = _import("cuda.core", "cuda-core")
-    if not hasattr(core, "ProgramOptions"):  # as older versions of cuda-core have it
-        core = _import("cuda.core.experimental", "cuda-core")
     options = core.ProgramOptions(
         arch=f"{target}a" if compute_capability(target) >= 90 else target,
         std="c++17",
