@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from puna.errors import EngineError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_STATIC_SHARED = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+_SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -127,10 +127,13 @@ class Driver:
             ctypes.byref(handle), ctypes.c_void_p(module), entry.encode()
         )
         self._check(result, f"kernel {entry} is not in its module")
+        # As much shared memory as there is, for all alike: kernels that divide a multiprocessor
+        # differently cannot be on it at the same time, and so could not overlap.
+        attributes = [(_SHARED_CARVEOUT, 100)]
         if shared_bytes > _DEFAULT_SHARED:
-            result = self._cuda.cuFuncSetAttribute(
-                handle, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared_bytes)
-            )
+            attributes.append((_MAX_DYNAMIC_SHARED, shared_bytes))
+        for attribute, value in attributes:
+            result = self._cuda.cuFuncSetAttribute(handle, attribute, ctypes.c_int(value))
             self._check(result, f"kernel {entry} wants {shared_bytes} bytes of shared memory")
         assert handle.value is not None
         return Function(handle.value, num_threads, shared_bytes)

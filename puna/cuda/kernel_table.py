@@ -240,14 +240,14 @@ def _attention(s: _Shapes, dtype: str, target: str) -> list[TritonKernel]:
     arguments += (("out_TQ", dtype), ("num_seqs", "i32"), ("max_blocks", "i32"))
     constants = (*common, ("JP", j_pow), ("TOKENS", rows // j_pow))
     constants += (("SEQS", power_of_two(s.seqs)), ("SCALE", scale))
-    stages = 2 if e_pow <= 128 else 1
+    stages = (3 if has_room else 2) if e_pow <= 128 else 1
     warps = 8 if rows == 128 else 4
     kernels = [TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)]
     parts = (("PARTS", MAX_PARTS), ("MIN_BLOCKS", MIN_PART_BLOCKS))
     scratch = (("part_SBHE", "*fp32"), ("scale_SBH2", "*fp32"), ("out_SQ", dtype))
     arguments = (("q_SQ", dtype), *cache, ("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))
     constants = (*common, ("ROWS", max(16, j_pow)), *parts, ("SCALE", scale))
-    stages = 3 if e_pow <= 128 else 1
+    stages = (3 if has_room else 2) if e_pow <= 128 else 1
     kernels.append(TritonKernel("decode", "attention", "decode", arguments, constants, 4, stages))
     arguments = (("seq_lens_S", "*i32"), *scratch)
     constants = (("H", s.h), ("E", s.e), ("EP", e_pow), ("P", s.p), *parts)

@@ -69,6 +69,142 @@ def _attend_block(
 
 
 @triton.jit
+def _attend_blocks(
+    q_RE,
+    keys_NKPE,
+    values_NKPE,
+    table_M,
+    kv_head,
+    num_context,
+    first_block,
+    stop_block,
+    position_R,
+    largest_R,
+    total_R,
+    acc_RE,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """Take in the blocks of a table from `first_block` to `stop_block`.
+
+    A warp holds 32 entries of the table at a time: were each read when it is needed, the compiler
+    could not fetch a block's keys and values before the block in front is done.
+    """
+    j = tl.arange(0, 32)
+    for chunk in range(first_block, stop_block, 32):
+        blocks_J = tl.load(table_M + chunk + j, mask=chunk + j < stop_block, other=0)
+        for b in range(chunk, tl.minimum(chunk + 32, stop_block)):
+            largest_R, total_R, acc_RE = _attend_block(
+                q_RE,
+                keys_NKPE,
+                values_NKPE,
+                tl.sum(tl.where(j == b - chunk, blocks_J, 0), axis=0),
+                kv_head,
+                num_context,
+                b * P,
+                position_R,
+                largest_R,
+                total_R,
+                acc_RE,
+                K,
+                E,
+                EP,
+                P,
+                SCALE,
+                IS_MASKED,
+            )
+    return largest_R, total_R, acc_RE
+
+
+@triton.jit
+def _prefill_tile(
+    q_TQ,
+    keys_NKPE,
+    values_NKPE,
+    table_M,
+    query_start,
+    num_context,
+    out_TQ,
+    first_token,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    P: tl.constexpr,
+    JP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """TOKENS tokens of a sequence, from its token `first_token` of the step on."""
+    J: tl.constexpr = H // K
+    kv_head = tl.program_id(1)
+    start = tl.load(query_start)
+    num_new = tl.load(query_start + 1) - start
+    r = tl.arange(0, TOKENS * JP)
+    e = tl.arange(0, EP)
+    token_R = first_token + r // JP
+    head_R = kv_head * J + r % JP
+    is_row = (token_R < num_new) & (r % JP < J)
+    at_RE = ((start + token_R).to(tl.int64) * H + head_R)[:, None] * E + e[None, :]
+    is_in = is_row[:, None] & (e < E)[None, :]
+    q_RE = tl.load(q_TQ + at_RE, mask=is_in, other=0.0)
+
+    position_R = num_context - num_new + token_R
+    first_position = num_context - num_new + first_token
+    stop = num_context - num_new + tl.minimum(first_token + TOKENS, num_new)
+    largest_R = tl.full((TOKENS * JP,), float("-inf"), tl.float32)
+    total_R = tl.zeros((TOKENS * JP,), tl.float32)
+    acc_RE = tl.zeros((TOKENS * JP, EP), tl.float32)
+    num_seen = (first_position + 1) // P  # blocks that all rows see
+    largest_R, total_R, acc_RE = _attend_blocks(
+        q_RE,
+        keys_NKPE,
+        values_NKPE,
+        table_M,
+        kv_head,
+        num_context,
+        0,
+        num_seen,
+        position_R,
+        largest_R,
+        total_R,
+        acc_RE,
+        K,
+        E,
+        EP,
+        P,
+        SCALE,
+        False,
+    )
+    largest_R, total_R, acc_RE = _attend_blocks(
+        q_RE,
+        keys_NKPE,
+        values_NKPE,
+        table_M,
+        kv_head,
+        num_context,
+        num_seen,
+        tl.cdiv(stop, P),
+        position_R,
+        largest_R,
+        total_R,
+        acc_RE,
+        K,
+        E,
+        EP,
+        P,
+        SCALE,
+        True,
+    )
+    out_RE = acc_RE / total_R[:, None]
+    tl.store(out_TQ + at_RE, out_RE.to(out_TQ.dtype.element_ty), mask=is_in)
+
+
+@triton.jit
 def prefill(
     q_TQ,
     keys_NKPE,
@@ -90,89 +226,43 @@ def prefill(
     SCALE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid: (T // TOKENS + S, K). A program takes TOKENS tokens of a sequence and one KV head.
+    """Grid: (G, K). A program takes TOKENS tokens of a sequence and one KV head at a time.
 
-    Sequence s has the tiles from query_start[s] // TOKENS + s on, which are enough for its tokens:
-    no host needs to know how long each is. SEQS is the power of two from S on.
+    Tiles of TOKENS are numbered through over the sequences, which the host need not know: the
+    programs take them in turn, and those with most context first. SEQS is the power of two from S
+    on.
     """
-    J: tl.constexpr = H // K
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
     i = tl.arange(0, SEQS)
     start_S = tl.load(query_start_S1 + i, mask=i < num_seqs, other=0)
-    begins_S = (i < num_seqs) & (start_S // TOKENS + i <= tile)
-    seq = tl.sum(begins_S.to(tl.int32), axis=0) - 1
-    start = tl.load(query_start_S1 + seq)
-    num_new = tl.load(query_start_S1 + seq + 1) - start
-    first_token = (tile - start // TOKENS - seq) * TOKENS
-    num_context = tl.load(seq_lens_S + seq)
+    stop_S = tl.load(query_start_S1 + i + 1, mask=i < num_seqs, other=0)
+    tiles_S = tl.cdiv(stop_S - start_S, TOKENS)
+    end_S = tl.cumsum(tiles_S, axis=0)
+    num_tiles = tl.sum(tiles_S, axis=0)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    if first_token >= num_new:
-        return
-
-    r = tl.arange(0, TOKENS * JP)
-    e = tl.arange(0, EP)
-    token_R = first_token + r // JP
-    head_R = kv_head * J + r % JP
-    is_row = (token_R < num_new) & (r % JP < J)
-    at_RE = ((start + token_R).to(tl.int64) * H + head_R)[:, None] * E + e[None, :]
-    is_in = is_row[:, None] & (e < E)[None, :]
-    q_RE = tl.load(q_TQ + at_RE, mask=is_in, other=0.0)
-
-    position_R = num_context - num_new + token_R
-    first_position = num_context - num_new + first_token
-    stop = num_context - num_new + tl.minimum(first_token + TOKENS, num_new)
-    largest_R = tl.full((TOKENS * JP,), float("-inf"), tl.float32)
-    total_R = tl.zeros((TOKENS * JP,), tl.float32)
-    acc_RE = tl.zeros((TOKENS * JP, EP), tl.float32)
-    table_M = block_table_SM + seq.to(tl.int64) * max_blocks
-    num_seen = (first_position + 1) // P  # blocks that all rows see
-    for b in range(0, num_seen):
-        block = tl.load(table_M + b)
-        largest_R, total_R, acc_RE = _attend_block(
-            q_RE,
+    for turn in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = num_tiles - 1 - turn
+        seq = tl.sum((end_S <= tile).to(tl.int32), axis=0)
+        first_tile = tl.sum(tl.where(i == seq, end_S - tiles_S, 0), axis=0)
+        _prefill_tile(
+            q_TQ,
             keys_NKPE,
             values_NKPE,
-            block,
-            kv_head,
-            num_context,
-            b * P,
-            position_R,
-            largest_R,
-            total_R,
-            acc_RE,
+            block_table_SM + seq.to(tl.int64) * max_blocks,
+            query_start_S1 + seq,
+            tl.load(seq_lens_S + seq),
+            out_TQ,
+            (tile - first_tile) * TOKENS,
+            H,
             K,
             E,
             EP,
             P,
+            JP,
+            TOKENS,
             SCALE,
-            False,
         )
-    for b in range(num_seen, tl.cdiv(stop, P)):
-        block = tl.load(table_M + b)
-        largest_R, total_R, acc_RE = _attend_block(
-            q_RE,
-            keys_NKPE,
-            values_NKPE,
-            block,
-            kv_head,
-            num_context,
-            b * P,
-            position_R,
-            largest_R,
-            total_R,
-            acc_RE,
-            K,
-            E,
-            EP,
-            P,
-            SCALE,
-            True,
-        )
-    out_RE = acc_RE / total_R[:, None]
-    tl.store(out_TQ + at_RE, out_RE.to(out_TQ.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
@@ -231,27 +321,26 @@ def decode(
         total_R = tl.zeros((ROWS,), tl.float32)
         acc_RE = tl.zeros((ROWS, EP), tl.float32)
         first_block = part * part_blocks
-        for b in range(first_block, tl.minimum(first_block + part_blocks, num_blocks)):
-            block = tl.load(table_M + b)
-            largest_R, total_R, acc_RE = _attend_block(
-                q_RE,
-                keys_NKPE,
-                values_NKPE,
-                block,
-                kv_head,
-                num_context,
-                b * P,
-                position_R,
-                largest_R,
-                total_R,
-                acc_RE,
-                K,
-                E,
-                EP,
-                P,
-                SCALE,
-                True,
-            )
+        largest_R, total_R, acc_RE = _attend_blocks(
+            q_RE,
+            keys_NKPE,
+            values_NKPE,
+            table_M,
+            kv_head,
+            num_context,
+            first_block,
+            tl.minimum(first_block + part_blocks, num_blocks),
+            position_R,
+            largest_R,
+            total_R,
+            acc_RE,
+            K,
+            E,
+            EP,
+            P,
+            SCALE,
+            True,
+        )
         if num_parts == 1:
             out_RE = acc_RE / total_R[:, None]
             tl.store(out_SQ + at_RE, out_RE.to(out_SQ.dtype.element_ty), mask=is_in)
