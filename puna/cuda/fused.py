@@ -36,6 +36,8 @@ class _Projection:
 class FusedDecode:
     """The fused operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
+    operations = frozenset(("qkv", "attention", "gate_up", "down", "head"))
+
     def __init__(
         self,
         shapes: FusedShapes,

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from puna.cuda.driver import Driver, Function
@@ -18,6 +19,9 @@ from puna.cuda.kernel_table import KERNELS_FILE
 from puna.engine import KERNELS_DIR
 from puna.errors import EngineError
 
+_SCALARS = MappingProxyType(
+    {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "fp64": ctypes.c_double}
+)
 _ALIGNMENT = 16  # of pointers to floats, as the kernels were compiled for
 
 
@@ -76,8 +80,8 @@ class Library:
         arguments: tuple[Any, ...],
         overlaps: bool,
     ) -> None:
-        """Run on the current stream; tensors are passed as pointers, numbers as int32, tensor maps
-        as they are.
+        """Run on the current stream; tensors are passed as pointers, numbers as what the kernel
+        takes, tensor maps as they are; a number for a pointer is an address.
 
         `overlaps`: it may start before the kernel in front has ended, if it was compiled with the
         constant OVERLAPS, which says that it waits by itself.
@@ -90,7 +94,10 @@ class Library:
                 values.append(ctypes.c_char.from_address(value.address))
                 continue
             if not kind.startswith("*"):
-                values.append(ctypes.c_int32(value))
+                values.append(_SCALARS[kind](value))
+                continue
+            if isinstance(value, int):  # an address
+                values.append(ctypes.c_void_p(value))
                 continue
             pointer = value.data_ptr()
             assert value.element_size() == _size(kind), f"{name}: {argument} is {value.dtype}"

@@ -16,6 +16,7 @@ Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,9 +110,10 @@ class CudaOps:
         q_TQ: Tensor,
     ) -> None:
         weight_XK = _joined(linear)
-        if batch.is_decode and (fused := self._fused_for(x)):
-            if self._is_recording():
-                fused.qkv(x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
+        if batch.is_decode and (fused := self._fused_for("qkv", x)):
+            self._run(
+                partial(fused.qkv, x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
+            )
             return
         num_tokens, q_size = q_TQ.shape
         normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
@@ -147,9 +149,8 @@ class CudaOps:
         self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out: Linear, x: Stream
     ) -> None:
         (matrix,) = out.weights
-        if batch.is_decode and (fused := self._fused_for(x)):
-            if self._is_recording():
-                fused.attention(q_TQ, batch, cache, matrix.data_NK, out.bias_N, x)
+        if batch.is_decode and (fused := self._fused_for("attention", x)):
+            self._run(partial(fused.attention, q_TQ, batch, cache, matrix.data_NK, out.bias_N, x))
             return
         attended_TQ = self._scratch("attended_TQ", x)
         if batch.is_decode and not self._is_deterministic:
@@ -210,9 +211,8 @@ class CudaOps:
 
     def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Tensor) -> None:
         weight_XK = _joined(linear)
-        if fused := self._fused_for(x):
-            if self._is_recording():
-                fused.gate_up(x, norm, weight_XK, linear.bias_N, act_TF)
+        if fused := self._fused_for("gate_up", x):
+            self._run(partial(fused.gate_up, x, norm, weight_XK, linear.bias_N, act_TF))
             return
         normed_TD = self._scratch("normed_TD", x)
         self._norm(x, norm, normed_TD)
@@ -226,10 +226,9 @@ class CudaOps:
         self._launch("silu_mul", grid, (gate_up_TX, self._bias(linear), act_TF))
 
     def down(self, act_TF: Tensor, linear: Linear, x: Stream) -> None:
-        if fused := self._fused_for(x):
+        if fused := self._fused_for("down", x):
             (matrix,) = linear.weights
-            if self._is_recording():
-                fused.down(act_TF, matrix.data_NK, linear.bias_N, x)
+            self._run(partial(fused.down, act_TF, matrix.data_NK, linear.bias_N, x))
             return
         self._into_stream("down", act_TF, linear, x)
 
@@ -237,11 +236,10 @@ class CudaOps:
         self, x: Stream, rows_L: Tensor, norm: Norm, linear: Linear, logits_LV: Tensor
     ) -> None:
         (matrix,) = linear.weights
-        fused = self._fused_for(x) if len(rows_L) <= len(x.residual_TD) else None
+        fused = self._fused_for("head", x) if len(rows_L) <= len(x.residual_TD) else None
         self._is_head_fused = fused is not None
         if fused:
-            if self._is_recording():
-                fused.head(x, rows_L, norm, matrix.data_NK, logits_LV)
+            self._run(partial(fused.head, x, rows_L, norm, matrix.data_NK, logits_LV))
             return
         normed_LD = self._arrays["normed_TD"][: len(rows_L)]
         beside, array = self._beside(x)
@@ -258,8 +256,8 @@ class CudaOps:
         """out_tokens[l] = last_tokens[rows[l]] = the largest of logits[l], the lowest id where
         several are; rows below 0 write no last token."""
         if self._is_head_fused and self._fused:
-            if self._is_recording():
-                self._fused.sample_greedy(rows_L, last_tokens_R, out_tokens_L)
+            sample = self._fused.sample_greedy
+            self._run(partial(sample, rows_L, last_tokens_R, out_tokens_L))
             return
         num_rows, vocab = logits_LV.shape
         largest = self._arrays["argmax_value_LC"], self._arrays["argmax_index_LC"]
@@ -287,15 +285,24 @@ class CudaOps:
         a product, or `partial`."""
         if not self._is_direct(x):
             return "_partial", x.partial_TD
-        if not self._fused_for(x) and self._leaves_parts("o", len(x.residual_TD)):
+        if not self._has_fused(x) and self._leaves_parts("o", len(x.residual_TD)):
             return "_parts", self._arrays["product_parts"]
         return "", x.partial_TD
 
-    def _fused_for(self, x: Stream) -> FusedOps | None:
-        num_tokens = len(x.residual_TD)
-        if self._is_deterministic or num_tokens > self._choices.fused_tokens:
+    def _has_fused(self, x: Stream) -> bool:
+        """Whether operations on this stream may be the target's fused ones."""
+        is_few = len(x.residual_TD) <= self._choices.fused_tokens
+        return self._fused is not None and is_few and not self._is_deterministic
+
+    def _fused_for(self, operation: str, x: Stream) -> FusedOps | None:
+        if self._fused is None or operation not in self._fused.operations:
             return None
-        return self._fused
+        return self._fused if self._has_fused(x) else None
+
+    def _run(self, fused: Callable[[], None]) -> None:
+        if self._is_recording():
+            fused()
+            self._is_behind_a_kernel = False  # of this file's: how that one waits is not known
 
     def _scratch(self, name: str, x: Stream) -> Tensor:
         return self._arrays[name][: len(x.residual_TD)]

@@ -76,6 +76,14 @@ def test_a_launch_hands_over_pointers_numbers_and_nulls() -> None:
     assert is_programmatic
 
 
+def test_scalars_of_every_kind_and_addresses() -> None:
+    arguments = [["x", "*fp16"], ["scale", "fp32"], ["stride", "i64"]]
+    kernels, driver = library(arguments=arguments, null_arguments=0)
+    driver.kinds = [ctypes.c_void_p, ctypes.c_float, ctypes.c_int64]
+    kernels.launch("add", (1, 1, 1), (4096, 0.5, 2**40), False)
+    assert driver.launched[0][3] == [4096, 0.5, 2**40]
+
+
 @pytest.mark.parametrize(("flag", "overlaps"), [(True, False), (False, True), (None, True)])
 def test_only_kernels_that_wait_by_themselves_overlap(flag: bool | None, overlaps: bool) -> None:
     kernels, driver = library(constants={} if flag is None else {"OVERLAPS": flag})
