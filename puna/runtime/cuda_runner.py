@@ -1,12 +1,12 @@
 """CudaRunner: steps as CUDA graphs, one recorded for each padded shape.
 
-Decides where a rank's arrays lie on the GPU, what is recorded when, and how a step's integers get
-there and its tokens back: one copy each way a step, from and to pinned memory, and no wait before
-`finish`. Greedy tokens never leave the GPU on their way to the next step; where rows want more than
-the largest logit, the logits come here and NumPy samples. Knows no kernels.
+Decides where a rank's arrays lie on the GPU, what is recorded when, and who samples. Greedy tokens
+never leave the GPU on their way to the next step; where rows want more than the largest logit, the
+logits come here and NumPy samples. How a step's integers get there and its tokens back is in
+`puna.runtime.cuda_slots`. Knows no kernels.
 
-Everything happens in the order in which it is started, on torch's current stream: a step may be
-started while the one before is under way.
+Everything is computed in the order in which it is started, on torch's current stream, and nothing
+waits before `finish`: a step may be started while the one before is under way.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ from puna.ops.sampling import SampleResult, sample
 from puna.quant import Array
 from puna.rank_file import rank_file_name
 from puna.rope import rope_tables
-from puna.runtime.cuda_inputs import InputPlaces, InputWriter, StepShape, StepShapes, most_ints
+from puna.runtime.cuda_inputs import InputPlaces, StepShape, StepShapes, most_ints
 from puna.runtime.cuda_load import TORCH_DTYPES, generate_weights_on, reading, weight_views
+from puna.runtime.cuda_slots import Buffers, Slot, Streams
 from puna.runtime.limits import check_gpu_memory
 from puna.runtime.load import bind_model
 from puna.runtime.lower import LoweredStep
 from puna.runtime.request import SamplingParams
 from puna.runtime.runner import Opening, cached
 
-# Graphs kept, of the shapes met lately: all decode sizes of a batch of 64, and most prefill ones.
-MAX_PROGRAMS = 96
+# Graphs kept, of the shapes met lately: all decode sizes of a batch of 64, twice, and most others.
+MAX_PROGRAMS = 120
 # Decode sizes recorded while the engine loads; the others when they are met.
 COMMON_SIZES = (1, 2, 3, 4, 6, 8)
-# Steps in flight at once, each with pinned memory of its own.
+# Steps in flight at once, each in a slot.
 MAX_IN_FLIGHT = 2
 
 # The arrays of `puna.memory` that here are parts of one buffer.
@@ -65,38 +66,6 @@ class Flying:
     slot: Slot
     num_sampled: int
     logits_LV: Array | None  # to be sampled here; None: the GPU has sampled
-
-
-class Slot:
-    """Pinned memory of one step in flight: its inputs on their way to the GPU, its tokens back."""
-
-    def __init__(self, device: torch.device, num_ints: int, max_batch_size: int) -> None:
-        is_gpu = (
-            device.type == "cuda"
-        )  # of tests on a CPU nothing is pinned, and all is done at once
-        self.inputs = torch.zeros(num_ints, dtype=torch.int32, pin_memory=is_gpu)
-        self.tokens = torch.zeros(max_batch_size, dtype=torch.int32, pin_memory=is_gpu)
-        self.tokens_L = self.tokens.numpy()
-        self._done = torch.cuda.Event() if is_gpu else None
-        self._writers: dict[StepShape, InputWriter] = {}
-
-    def write(self, step: LoweredStep, places: InputPlaces, block_size: int) -> Tensor:
-        """Write a step's inputs; the part of the buffer to be copied."""
-        writer = self._writers.get(places.shape)
-        if writer is None:
-            writer = InputWriter(self.inputs.numpy(), places, block_size)
-            self._writers[places.shape] = writer
-        writer.write(step)
-        return self.inputs[: places.num_ints]
-
-    def mark(self) -> None:
-        """Say that what was started until now is all of the step."""
-        if self._done is not None:
-            self._done.record()
-
-    def wait(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
 
 
 class CudaRunner:
@@ -127,12 +96,14 @@ class CudaRunner:
         rope = rope_tables(config.spec.rope, config.spec.head_dim, limits.max_seq_len)
         for name, table_PE in zip(("rope_cos_PE", "rope_sin_PE"), rope, strict=True):
             self._arrays[name].copy_(torch.from_numpy(np.asarray(table_PE, np.float32)))
-        own = {
-            "inputs": (np.dtype(np.int32), (most_ints(limits),)),
-            "out_tokens_L": (np.dtype(np.int32), (limits.max_batch_size,)),
-            "head_rows_L": (np.dtype(np.int32), (limits.max_batch_size,)),
-        }
-        self._arrays |= _allocate(own, device)
+        rows = {"head_rows_L": (np.dtype(np.int32), (limits.max_batch_size,))}
+        self._arrays |= _allocate(rows, device)
+        self._shared, *own = (
+            Buffers.make(i, most_ints(limits), limits.max_batch_size, device)
+            for i in range(1 + MAX_IN_FLIGHT)
+        )
+        streams = Streams(device)
+        self._slots = [Slot(buffers, streams) for buffers in own]
         self._kv = _allocate(kv_cache_specs(config, rank, opening.num_blocks), device)
         self._ops = make_ops(self._arrays)
         caches = [LayerCache(keys, values) for keys, values in self._kv["kv_cache"]]
@@ -146,11 +117,11 @@ class CudaRunner:
             caches,
             opening.report,
         )
-        self._programs: OrderedDict[StepShape, tuple[InputPlaces, Program]] = OrderedDict()
+        # By shape, and by the buffers that they read.
+        self._programs: OrderedDict[tuple[StepShape, int], tuple[InputPlaces, Program]] = (
+            OrderedDict()
+        )
         self._heads: OrderedDict[int, Program] = OrderedDict()
-        self._slots = [
-            Slot(device, most_ints(limits), limits.max_batch_size) for _ in range(MAX_IN_FLIGHT)
-        ]
         self._flying: deque[Flying] = deque()
         self._num_started = 0
         self._nothing = np.zeros((0, 0), np.float32)  # of logits and logprobs that nobody asked for
@@ -161,7 +132,11 @@ class CudaRunner:
         return RankMemory(
             weights=self._data.nbytes,
             kv_cache=sum(array.nbytes for array in self._kv.values()),
-            workspace=sum(array.nbytes for array in self._arrays.values()),
+            workspace=sum(array.nbytes for array in self._arrays.values())
+            + sum(
+                buffers.inputs.nbytes + buffers.out_tokens_L.nbytes
+                for buffers in (self._shared, *(slot.buffers for slot in self._slots))
+            ),
         )
 
     def load(self) -> None:
@@ -181,7 +156,8 @@ class CudaRunner:
     def _record_common(self) -> None:
         for size in COMMON_SIZES:
             if size <= self._limits.max_batch_size:
-                self._program(self._shapes.decode(size))
+                for slot in self._slots:
+                    self._program(self._shapes.decode(size), slot.buffers)
 
     def can_run_ahead(self, params: SamplingParams) -> bool:
         """Where the GPU samples: the next step finds the token there."""
@@ -196,18 +172,20 @@ class CudaRunner:
             self._copy_blocks(step.copies_C2)
         slot = self._slots[self._num_started % MAX_IN_FLIGHT]
         self._num_started += 1
-        places, program = self._program(self._shapes.of(step))
-        inputs = slot.write(step, places, self._limits.block_size)
-        self._arrays["inputs"][: len(inputs)].copy_(inputs, non_blocking=True)
+        shape = self._shapes.of(step)
+        buffers = slot.buffers if shape.is_decode else self._shared
+        places, program = self._program(shape, buffers)
+        slot.send(step, places, self._limits.block_size, buffers)
         program.run()
         logits_rows_L, logits_LV = step.batch.logits_rows_L, None
-        if len(logits_rows_L) > places.shape.num_logits:
-            logits_LV = self._all_logits(logits_rows_L, places.shape.num_tokens)
-        elif step.prompt_rows or not step.sampling.is_greedy:
+        if step.sampling.is_greedy and not step.prompt_rows:
+            slot.fetch_tokens(buffers)
+        elif len(logits_rows_L) <= shape.num_logits:
             logits_LV = self._fetch_logits(len(logits_rows_L))
+            slot.mark()
         else:
-            slot.tokens.copy_(self._arrays["out_tokens_L"], non_blocking=True)
-        slot.mark()
+            logits_LV = self._all_logits(logits_rows_L, shape.num_tokens)
+            slot.mark()
         self._flying.append(Flying(slot, len(step.rows), logits_LV))
 
     def finish(self, step: LoweredStep, lane: int) -> tuple[SampleResult, Array]:
@@ -220,8 +198,8 @@ class CudaRunner:
         return sample(step.sample_logits(flying.logits_LV), step.sampling), flying.logits_LV
 
     def discard(self, lane: int) -> None:
-        while self._flying:
-            self._flying.popleft().slot.wait()
+        self._synchronise()  # also with what was started and went wrong
+        self._flying.clear()
 
     def close(self) -> None:
         self._synchronise()
@@ -231,7 +209,7 @@ class CudaRunner:
         self._kv.clear()
         self._stored.clear()
         self._slots.clear()
-        del self._model, self._ops, self._data
+        del self._model, self._ops, self._data, self._shared
         self._host_logits_LV = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -240,16 +218,17 @@ class CudaRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _program(self, shape: StepShape) -> tuple[InputPlaces, Program]:
-        return cached(self._programs, shape, lambda: self._record(shape), MAX_PROGRAMS)
+    def _program(self, shape: StepShape, buffers: Buffers) -> tuple[InputPlaces, Program]:
+        key = shape, buffers.index
+        return cached(self._programs, key, lambda: self._record(shape, buffers), MAX_PROGRAMS)
 
-    def _record(self, shape: StepShape) -> tuple[InputPlaces, Program]:
+    def _record(self, shape: StepShape, buffers: Buffers) -> tuple[InputPlaces, Program]:
         """Record layers, head and greedy sampling of a shape, as one program."""
         places, arrays = InputPlaces.of(shape, self._max_blocks), self._arrays
         tokens, seqs, num_logits = shape.num_tokens, shape.num_seqs, shape.num_logits
 
         def view(start: int, size: int) -> Tensor:
-            return arrays["inputs"][start : start + size]
+            return buffers.inputs[start : start + size]
 
         table = view(places.block_table, seqs * self._max_blocks)
         batch = ForwardBatch(
@@ -264,7 +243,7 @@ class CudaRunner:
         )
         rows_L = view(places.rows, num_logits)
         logits_LV = arrays["logits_LV"][:num_logits]
-        out_tokens_L = arrays["out_tokens_L"][:num_logits]
+        out_tokens_L = buffers.out_tokens_L[:num_logits]
         act = self._activations()
 
         def emit() -> None:

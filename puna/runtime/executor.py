@@ -67,6 +67,7 @@ class Executor:
         self.session_seconds = 0.0  # in submit and collect; the rest of the time the device idles
         self._in_flight: deque[tuple[int, StepPlan]] = deque()  # oldest first
         self._held: list[SequenceEvent] = []  # of steps that an abort had to wait for
+        self._may_run_ahead = False  # whether any request could: where none can, nothing is tried
         self._next_lane = 0
         self._request_ids = count()
 
@@ -109,6 +110,7 @@ class Executor:
             num_prefill=num_prefill,
         )
         request.can_run_ahead = not want_prompt_logits and self.session.can_run_ahead(params)
+        self._may_run_ahead = self._may_run_ahead or request.can_run_ahead
         request.lane = min(range(len(self.lanes)), key=lambda i: self.lanes[i].num_sequences)
         self.lanes[request.lane].add(request)
         return request
@@ -145,7 +147,7 @@ class Executor:
             flying = [plan for of_lane, plan in self._in_flight if of_lane == lane]
             if not flying and self._submit_lane(lane, None):
                 flying.append(self._in_flight[-1][1])
-            if len(flying) == 1:
+            if self._may_run_ahead and len(flying) == 1:
                 self._submit_lane(lane, flying[0])
         assert self._in_flight or self.is_idle, "no lane can go on"
         return len(self._in_flight) > num_before

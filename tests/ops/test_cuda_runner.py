@@ -69,8 +69,8 @@ else:
             super().__init__(CONFIG)
             self.launches: list[tuple[Any, ...]] = []
 
-        def launch(self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
-            self.launches.append((name, grid, arguments))
+        def launch(self, *launch: Any) -> None:
+            self.launches.append(launch)
 
         def launch_now(self, launches: list[tuple[Any, ...]]) -> None:
             for launch in launches:

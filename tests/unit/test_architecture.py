@@ -40,6 +40,7 @@ RUN = [
         "runtime.cuda_load",
         "runtime.cuda_dummy",
         "runtime.cuda_inputs",
+        "runtime.cuda_slots",
         "runtime.cuda_bandwidth",
     ),
     ("runtime.lower", "runtime.wire", "models"),
@@ -99,7 +100,9 @@ WITHOUT_NUMPY += tuple(
 )
 # Of puna[cuda], puna[ranks] and puna[eval]; imported when they are needed, by nobody else.
 WITH_TORCH = ("cuda", "runtime.comm", "summarize.transformers_model")
-WITH_TORCH += tuple(f"runtime.cuda_{name}" for name in ("runner", "load", "dummy", "bandwidth"))
+WITH_TORCH += tuple(
+    f"runtime.cuda_{name}" for name in ("runner", "load", "dummy", "slots", "bandwidth")
+)
 MUTABLE_CALLS = ("dict", "list", "set", "bytearray", "defaultdict", "OrderedDict", "Counter")
 MUTABLE_CALLS += ("deque", "count", "Lock", "array", "empty", "zeros", "ones")
 
