@@ -267,6 +267,47 @@ def test_an_engines_files_run_and_graphs_replay(device: TestDevice) -> None:
     assert found[0][1] == int(found[0][0].argmax())
 
 
+DEEP = ModelSpec(1024, 2816, 6, 16, 4, 64, 4096, 256)
+
+
+def decoded(device: TestDevice, overlaps: bool) -> list[torch.Tensor]:
+    """Logits of 40 greedy steps of 16 sequences from nothing, one graph replayed."""
+    bench = Bench(device, DEEP, "float16", max_batch_size=16, max_seq_len=256, overlaps=overlaps)
+    arrays, ops = bench.arrays, bench.ops
+    arrays["last_tokens_R"][:] = bench.integers(range(16))
+    model = TwoModels(bench, 17).model
+    tokens, rows = bench.integers([-1 - i for i in range(16)]), bench.integers(range(16))
+    position, lens = bench.integers([0] * 16), bench.integers([1] * 16)
+    slots = bench.integers([BLOCK * (1 + i) for i in range(16)])
+    table = bench.integers([[1 + i, 0, 0, 0] for i in range(16)])
+    start = bench.integers(range(17))
+    batch = ForwardBatch(tokens, position, slots, start, lens, table, rows, is_decode=True)
+    names = ("residual_TD", "partial_TD", "q_TQ", "act_TF")
+    act, out = Activations(*(arrays[name] for name in names)), bench.integers([0] * 16)
+
+    def emit() -> None:
+        model.forward(ops, batch, act)
+        model.logits(ops, rows, 16, act, arrays["logits_LV"])
+        ops.sample_greedy(arrays["logits_LV"], rows, arrays["last_tokens_R"], out)
+
+    program, found = ops.record(emit), []
+    for _ in range(40):
+        program.run()
+        found.append(arrays["logits_LV"].clone())
+        for array in (position, lens, slots):
+            array += 1
+    torch.cuda.synchronize()
+    return found
+
+
+def test_overlapping_kernels_change_no_bit(device: TestDevice) -> None:
+    """A kernel that read before the one in front had written would show here, sooner or later."""
+    plain, again, overlapping = (decoded(device, overlaps) for overlaps in (False, True, True))
+    assert all(torch.isfinite(x).all() for x in plain)
+    for step, (a, b, c) in enumerate(zip(plain, again, overlapping, strict=True)):
+        assert torch.equal(a, b) and torch.equal(a, c), step
+
+
 def test_a_damaged_kernel_is_refused(device: TestDevice) -> None:
     torch.zeros(1, device="cuda")
     with pytest.raises(EngineError, match=r"norm\.cubin cannot be loaded: .+ \(error \d+\)"):
