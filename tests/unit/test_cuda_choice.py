@@ -78,6 +78,9 @@ class Fused:
     def head(self, *_: Any) -> None:
         self._say("head")
 
+    def sample_greedy(self, *_: Any) -> None:
+        self._say("sample_greedy")
+
 
 class Once:
     """A recorder that runs what it records."""
@@ -201,7 +204,7 @@ def test_fused_operations_of_a_target() -> None:
     every = ("qkv", "attention", "gate_up", "down", "head")
     names = launched(4, is_decode=True, fused=every).launched
     layer = [f"fused {name}" for name in every[:4]]
-    assert names == ["embed", *layer, *layer, "fused head", "argmax_chunks", "argmax_rows"]
+    assert names == ["embed", *layer, *layer, "fused head", "fused sample_greedy"]
     assert not any("fused" in name for name in launched(5, is_decode=True, fused=every).launched)
     names = launched(4, is_decode=True, deterministic=True, fused=every).launched
     assert not any("fused" in name for name in names)
@@ -221,4 +224,4 @@ def test_a_prefill_of_a_few_tokens_has_the_attention_of_prefill() -> None:
     names = launched(4, fused=("qkv", "attention", "gate_up", "down", "head")).launched
     layer = ["norm", "gemm_qkv_16", "rope_append_parts", "prefill", "gemm_o_whole"]
     layer += ["fused gate_up", "fused down"]
-    assert names == ["embed", *layer, *layer, "fused head", "argmax_chunks", "argmax_rows"]
+    assert names == ["embed", *layer, *layer, "fused head", "fused sample_greedy"]

@@ -1,0 +1,187 @@
+"""The fused decode kernels of sm_90: which engines have them, and what their launches are given."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cuda_configs import cuda_config
+
+from puna.batch import ForwardBatch
+from puna.checkpoint.dummy import parse_preset
+from puna.cuda.driver import TensorMap
+from puna.cuda.fused import FusedDecode
+from puna.cuda.fused_plan import (
+    CACHE_BOX,
+    fused_rows,
+    fused_shapes,
+    shared_bytes,
+    weight_box,
+)
+from puna.cuda.kernel_table import cuda_sources
+from puna.cuda_memory import cuda_specs, padded_rows
+from puna.engine import EngineConfig
+from puna.ops import LayerCache, Norm, RopeTable, Stream
+from puna.spec import ModelSpec
+
+KERNELS = ("qkv", "out", "gate_up", "down", "head")
+PRESETS = ("llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b")
+# The least that has them: eight chunks of columns everywhere.
+SMALL = ModelSpec(2048, 2048, 2, 32, 8, 64, 1001, 512)
+
+
+def test_which_engines_have_them() -> None:
+    assert fused_rows(cuda_config(SMALL)) == (1, 8)
+    assert fused_rows(cuda_config(SMALL, max_batch_size=4)) == (1,)
+    assert fused_rows(cuda_config(SMALL, target="sm_80")) == ()
+    for changed in (
+        replace(SMALL, hidden_size=1792),
+        replace(SMALL, intermediate_size=2176),
+        replace(SMALL, num_heads=64, head_dim=32),
+        replace(SMALL, num_kv_heads=2),
+    ):
+        assert fused_rows(cuda_config(changed)) == (), changed
+    assert fused_rows(cuda_config(parse_preset("smollm2-135m"))) == ()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_block_of_threads_fits_on_a_multiprocessor(preset: str) -> None:
+    """More than half of its 228 KB, of which each takes another KB; and no more than one may."""
+    config = cuda_config(parse_preset(preset))
+    assert fused_rows(config) == (1, 8)
+    for rows in fused_rows(config):
+        for kernel in KERNELS:
+            num_bytes = shared_bytes(fused_shapes(config), kernel, rows)
+            assert 114 * 1024 < num_bytes + 1024 <= 228 * 1024, (kernel, rows, num_bytes)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_boxes_of_all_tiles_are_the_matrix(preset: str) -> None:
+    """Each row once; and the rows of a tile are those that its finish takes for neighbours."""
+    shapes = fused_shapes(cuda_config(parse_preset(preset)))
+    all_rows = shapes.q_size + 2 * shapes.num_kv_heads * shapes.head_dim
+    half = shapes.head_dim // 2
+    for kernel, num_rows, apart in (
+        ("qkv", all_rows, half),
+        ("gate_up", 2 * shapes.ffn, shapes.ffn),
+        ("out", shapes.hidden, 1),
+        ("down", shapes.hidden, 1),
+    ):
+        dims, box = weight_box(shapes, kernel, num_rows)
+        assert dims[0] == shapes.num_cols(kernel) and dims[1] * dims[2] == num_rows
+        assert dims[0] % box[0] == dims[1] % box[1] == dims[2] % box[2] == 0
+        seen = np.zeros(num_rows, int)
+        for z in range(0, dims[2], box[2]):
+            for y in range(0, dims[1], box[1]):
+                rows = [(z + j) * dims[1] + y + i for j in range(box[2]) for i in range(box[1])]
+                seen[rows] += 1
+                first, second = rows[:4], rows[4:]
+                pairs = zip(first, second, strict=True) if box[2] == 2 else pairwise(rows)
+                assert all(b - a == apart for a, b in pairs)
+        assert (seen == 1).all(), kernel
+
+
+class Launches:
+    """A library and a driver that keep what they are given."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, tuple[int, int, int], tuple[Any, ...], bool]] = []
+        self.maps: list[tuple[int, tuple[int, int, int], tuple[int, int, int], bool]] = []
+
+    def launch(self, name: str, grid: Any, arguments: tuple[Any, ...], overlaps: bool) -> None:
+        self.launched.append((name, grid, arguments, overlaps))
+
+    def tensor_map(self, address: int, dims: Any, box: Any, *, is_swizzled: bool = False) -> Any:
+        self.maps.append((address, dims, box, is_swizzled))
+        return TensorMap((ctypes.c_char * 1)(), address)
+
+
+def record(
+    config: EngineConfig, num_tokens: int, launches: Any, num_layers: int = 1
+) -> dict[str, Any]:
+    """A step of some layers, all of one's weights, and head; the arrays that it was given."""
+    spec, dtype = config.spec, {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.dtype]
+    kinds = {np.dtype(np.float32): torch.float32, np.dtype(np.int32): torch.int32}
+    specs = cuda_specs(config, 0)
+    arrays = {k: torch.zeros(v, dtype=kinds.get(d, dtype)) for k, (d, v) in specs.items()}
+    arrays["rope_cos_PE"] = arrays["rope_sin_PE"] = torch.zeros(8, spec.head_dim // 2)
+    fused = FusedDecode(fused_shapes(config), launches, launches, arrays, 132)
+    x = Stream(torch.zeros(num_tokens, spec.hidden_size), torch.zeros(0))
+    norm = Norm(torch.ones(spec.hidden_size), 1e-5)
+    rope = RopeTable(arrays["rope_cos_PE"], arrays["rope_sin_PE"])
+    ints = torch.zeros(num_tokens, dtype=torch.int32)
+    table = torch.zeros(num_tokens, 9, dtype=torch.int32)
+    batch = ForwardBatch(ints, ints, ints, torch.zeros(1), ints, table, ints, is_decode=True)
+    keys, values = torch.zeros(2, 5, spec.num_kv_heads, 64, spec.head_dim, dtype=dtype)
+
+    def matrix(rows: int, cols: int) -> Any:
+        return torch.zeros(padded_rows(rows), cols, dtype=dtype)
+
+    qkv = matrix(spec.q_size + 2 * spec.kv_size, spec.hidden_size)
+    o, head = matrix(spec.hidden_size, spec.q_size), matrix(spec.vocab_size, spec.hidden_size)
+    gate_up = matrix(2 * spec.intermediate_size, spec.hidden_size)
+    down = matrix(spec.hidden_size, spec.intermediate_size)
+    act = arrays["act_TF"][:num_tokens]
+    logits = torch.zeros(num_tokens, spec.vocab_size)
+    q = arrays["q_TQ"][:num_tokens]
+    for _ in range(num_layers):
+        fused.qkv(x, norm, qkv, None, rope, batch, LayerCache(keys, values), q)
+        fused.attention(q, batch, LayerCache(keys, values), o, None, x)
+        fused.gate_up(x, norm, gate_up, None, act)
+        fused.down(act, down, None, x)
+    fused.head(x, ints, norm, head, logits)
+    fused.sample_greedy(ints, arrays["last_tokens_R"], ints)
+    return {**arrays, "qkv": qkv, "keys": keys, "table": table, "logits": logits}
+
+
+@pytest.mark.parametrize(("num_tokens", "variant"), [(1, 1), (2, 8), (8, 8)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_launches_fit_the_kernels(num_tokens: int, variant: int, dtype: Any) -> None:
+    config, launches = cuda_config(SMALL, dtype), Launches()
+    record(config, num_tokens, launches)
+    table = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
+    names = [name for name, *_ in launches.launched]
+    assert names == [f"{name}_{variant}" for name in (*KERNELS, "pick")]
+    sizes = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*i32": 4}
+    for name, grid, arguments, overlaps in launches.launched:
+        assert overlaps and grid == ((num_tokens if "pick" in name else 132), 1, 1)
+        for value, (argument, kind) in zip(arguments, table[name].arguments, strict=True):
+            if kind == "map":
+                assert isinstance(value, TensorMap), (name, argument)
+            elif kind == "i32":
+                assert isinstance(value, int), (name, argument)
+            else:
+                assert value.element_size() == sizes[kind], (name, argument)
+                assert value.is_floating_point() == (kind != "*i32"), (name, argument)
+
+
+def test_arguments_are_where_the_kernel_looks() -> None:
+    config, launches = cuda_config(SMALL), Launches()
+    arrays = record(config, 3, launches)
+    kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
+    _, _, arguments, _ = launches.launched[0]
+    given = dict(zip((name for name, _ in kernels["qkv_8"].arguments), arguments, strict=True))
+    assert given["w"].address == arrays["qkv"].data_ptr()
+    assert given["block_table"] is arrays["table"] and given["table_stride"] == 9
+    assert given["fresh"] is arrays["fused_fresh"] and given["attended"] is arrays["attended_TQ"]
+    assert given["num_rows"] == 3
+    blocks = 5 * SMALL.num_kv_heads
+    address = arrays["keys"].data_ptr()
+    assert (address, (SMALL.head_dim, 64, blocks), CACHE_BOX, True) in launches.maps
+    assert given["key_map"].address == address
+    swizzled = [it for it in launches.maps if it[3]]
+    assert len(swizzled) == 2 and len(launches.maps) == 7
+
+
+def test_layers_of_a_step_have_different_tags() -> None:
+    config, launches = cuda_config(SMALL), Launches()
+    record(config, 1, launches, num_layers=80)
+    names = [name for name, _ in cuda_sources(config)[0].kernels[0].arguments]
+    at = names.index("layer")
+    layers = [arguments[at] for name, _, arguments, _ in launches.launched if name == "qkv_1"]
+    assert len(set(layers)) == 80 and all(0 <= layer < 1024 for layer in layers)
