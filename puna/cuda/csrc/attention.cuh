@@ -1,0 +1,327 @@
+// Attention of a decode step, at the end of the kernel that computes queries, keys and values: who works on what, which blocks of
+// the cache are requested when, and the softmax over them.
+#pragma once
+#include "stream.cuh"
+
+constexpr int TOKENS = 16;                          // of a stage of keys or values
+// A stage of keys or values: the dimensions in stretches of 64, each [TOKENS][64]; the 16-byte pieces of a row are swizzled by
+// the row, so that neither a row's nor a column's accesses meet in a bank.
+constexpr int KV_STAGE = TOKENS * HEAD_DIM * 2;
+__device__ __forceinline__ u32 kv_piece(int token, int piece) {       // piece: of eight dimensions
+  return piece / 8 * (TOKENS * 128) + token * 128 + ((piece % 8) ^ (token & 7)) * 16;
+}
+constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
+constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
+static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
+
+// A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. Its stretches
+// of TOKENS tokens are dealt to eight parties, each of which sums up alone; what the parties have is then added in order. A task
+// belongs to `width` warps, each of which plays one party or several, one after the other: as many warps as leave no CTA
+// without a task, so the bits do not depend on it.
+struct Task {
+  int id, seq, kv, start, end, party, at, split, num_splits;    // at: the next token of the party's
+  // `lens`: of sequence i in lane i. All lanes of a warp call this together.
+  __device__ __forceinline__ bool find(int num_rows, int lens, int first_party) {
+    int n = id;
+    for (seq = 0; seq < num_rows; ++seq) {
+      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
+      num_splits = (len + part - 1) / part;
+      if (n < num_splits * KV_HEADS) {
+        split = n / KV_HEADS;
+        kv = n % KV_HEADS;
+        start = split * part;
+        end = min(len, start + part);
+        begin(first_party);
+        return true;
+      }
+      n -= num_splits * KV_HEADS;
+    }
+    return false;
+  }
+  __device__ __forceinline__ void begin(int which) {
+    party = which;
+    at = start + which * TOKENS;
+  }
+  static __device__ __forceinline__ int split_len(int len) {
+    int part = MIN_SPLIT;
+    while (part * MAX_SPLITS < len) part *= 2;
+    return part;
+  }
+  static __device__ __forceinline__ int count(int num_rows, int lens) {
+    int n = 0;
+    for (int seq = 0; seq < num_rows; ++seq) {
+      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
+      n += (len + part - 1) / part * KV_HEADS;
+    }
+    return n;
+  }
+};
+
+// Who of a CTA's warps works on which task: groups of `width` warps.
+struct Team {
+  int width, group, index, first_id, stride, lens;
+  __device__ __forceinline__ void form(const Args& p, int warp, int lane) {
+    lens = lane < p.num_rows ? __ldg(p.seq_lens + lane) : 0;
+    width = Task::count(p.num_rows, lens) > gridDim.x ? NW / 2 : NW;
+    group = warp / width;
+    index = warp % width;
+    first_id = blockIdx.x + group * gridDim.x;
+    stride = NW / width * gridDim.x;
+  }
+  __device__ __forceinline__ void sync() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(width * 32) : "memory");
+  }
+};
+
+// What a warp requests of the cache: keys, then values, of each of its stretches, of all its tasks in order.
+struct CachedTokens {
+  Task task;
+  Team team;
+  bool more = false, is_value = false;
+  int base = 0, blocks = 0;   // blocks: of the task's blocks from the base-th on, one a lane
+  __device__ __forceinline__ void start(const Args& p, int warp, int lane) {
+    team.form(p, warp, lane);
+    task.id = team.first_id;
+    find(p, lane);
+  }
+  __device__ __forceinline__ void find(const Args& p, int lane) {
+    for (;; task.id += team.stride) {
+      more = task.find(p.num_rows, team.lens, team.index);
+      if (!more) return;
+      if (task.at < task.end) return load_blocks(p, 0, lane);
+    }
+  }
+  __device__ __forceinline__ void load_blocks(const Args& p, int first, int lane) {
+    base = first;
+    const int at = task.start + (base + lane) * KV_BLOCK;
+    blocks = at < task.end ? __ldg(p.block_table + task.seq * p.table_stride + at / KV_BLOCK) : 0;
+  }
+  __device__ __forceinline__ size_t offset(int block, int at) const {
+    return (((size_t)block * KV_HEADS + task.kv) * KV_BLOCK + at % KV_BLOCK) * HEAD_DIM;
+  }
+  // They are requested last and needed at once then: from the level-2 cache they come sooner.
+  __device__ __forceinline__ void prefetch(const Args& p, int lane) {
+    if (!more) return;
+    const int at = task.start + lane * TOKENS, block = __shfl_sync(~0u, blocks, lane * TOKENS / KV_BLOCK);
+    if (lane >= MIN_SPLIT / TOKENS || lane % team.width != team.index || at >= task.end) return;
+    bulk_prefetch(p.keys + offset(block, at), TOKENS * HEAD_DIM * 2);
+    bulk_prefetch(p.values + offset(block, at), TOKENS * HEAD_DIM * 2);
+  }
+  template <class R>
+  __device__ __forceinline__ void request(const Args& p, R& ring, int lane, u64 policy) {
+    const int nth = (task.at - task.start) / KV_BLOCK;
+    if (nth < base || nth >= base + 32) load_blocks(p, nth / 32 * 32, lane);
+    const int block = __shfl_sync(~0u, blocks, nth - base);
+    if (lane == 0) {
+      const u32 bar = ring.full + ring.in * 8, to = ring.data + ring.in * STAGE;
+      mbar_expect(bar, KV_STAGE);
+#pragma unroll
+      for (int x = 0; x < HEAD_DIM; x += 64)
+        box_load(to + x / 64 * (TOKENS * 128), is_value ? *p.value_map : *p.key_map, x, task.at % KV_BLOCK, block * KV_HEADS + task.kv,
+                 bar, policy);
+    }
+    ring.next_in();
+    is_value = !is_value;
+    if (is_value) return;
+    task.at += PARTIES * TOKENS;
+    if (task.at < task.end) return;
+    task.begin(task.party + team.width);
+    if (task.party < PARTIES && task.at < task.end) return;
+    task.id += team.stride;
+    find(p, lane);
+  }
+};
+
+// The queries of a task's KV head, as fragments, and the key and value that this step adds, which the cache did not have yet
+// when they were requested. All come from other CTAs of the launch. Lane (g, t) has dimensions 16t to 16t + 15 of each 64.
+struct Fresh {
+  u32 q[HEAD_DIM / UNIT][4];
+  uint4 key, value;         // lane i: dimensions 8i to 8i + 7
+  __device__ __forceinline__ void poll(const Args& p, const Task& task, bool has_new, u32 tag, int lane) {
+    constexpr int HALF = HEAD_DIM / 2;
+    const int g = lane >> 2, t = lane & 3;
+    const uint2* from = p.fresh + (size_t)task.seq * ALL_HEADS * HALF;
+    const uint2* queries = from + (task.kv * GROUP + g) * HALF + t * 16 % HALF;
+    const uint2* new_key = from + (HEADS + task.kv) * HALF + lane % (HALF / 8) * 8;
+    const uint2* new_value = new_key + KV_HEADS * HALF;
+    const u32 half = lane < HALF / 8 ? 0x5410 : 0x7632;
+    for (int polls = 0;; ++polls) {
+      u32 wrong = 0;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        u32 w[8] = {};
+        if (g < GROUP) wrong |= ld_tagged(queries + u * 8, w, tag);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const u32 low = __byte_perm(w[2 * j], w[2 * j + 1], 0x5410), high = __byte_perm(w[2 * j], w[2 * j + 1], 0x7632);
+          if constexpr (HEAD_DIM == 128) {
+            q[u][j] = low;
+            q[u + 2][j] = high;
+          } else {
+            q[u][j] = t < 2 ? low : high;
+          }
+        }
+      }
+      if (has_new) {
+        u32 k[8], v[8];
+        wrong |= ld_tagged(new_key, k, tag) | ld_tagged(new_value, v, tag);
+        auto pair = [&](u32 (&w)[8], int j) { return __byte_perm(w[2 * j], w[2 * j + 1], half); };
+        key = make_uint4(pair(k, 0), pair(k, 1), pair(k, 2), pair(k, 3));
+        value = make_uint4(pair(v, 0), pair(v, 1), pair(v, 2), pair(v, 3));
+      }
+      if (!__any_sync(~0u, wrong != 0)) return;
+      if (polls == SPIN) {
+        if (lane == 0) atomicOr(p.error, 1);
+        return;
+      }
+    }
+  }
+};
+
+// A warp's softmax over its stretches of a task: for row g (a query head) the largest score, the sum, the weighted values.
+struct Softmax {
+  static constexpr int UNITS = HEAD_DIM / UNIT, TILES = HEAD_DIM / 8;
+  float o[TILES][2] = {}, m = -INFINITY_F, l = 0;
+  // `keys` and `values` lie in the ring; `refill` is called as each has been read.
+  template <class R, class Refill>
+  __device__ __forceinline__ void take(const Fresh& fresh, R& ring, int at, int end, int len, bool has_new, int lane, Refill refill) {
+    const int g = lane >> 2, t = lane & 3, pos = len - 1 - at;
+    const bool is_last = pos < TOKENS;      // the stretch holds the token that this step adds
+    u32 stage = ring.wait();
+    if (is_last) {
+      if (has_new) sts128(stage + kv_piece(pos, lane), fresh.key);
+      __syncwarp();
+    }
+    float s[2][2] = {};     // tokens 2t and 2t + 1, of either eight
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint4 k = lds128(stage + kv_piece(n * 8 + g, u / 2 * 8 + t * 2 + u % 2));
+        mma(s[n], fresh.q[u][0], fresh.q[u][1], k.x, k.y);
+        mma(s[n], fresh.q[u][2], fresh.q[u][3], k.z, k.w);
+      }
+    if (is_last) async_fence();
+    __syncwarp();
+    refill();
+    ring.next_out();
+    constexpr float scale = 1.4426950408889634f / (HEAD_DIM == 64 ? 8.f : 11.313708498984761f);  // log2(e) / sqrt(HEAD_DIM)
+    float top = m;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        s[n][j] = at + n * 8 + 2 * t + j < end ? s[n][j] * scale : -INFINITY_F;
+        top = fmaxf(top, s[n][j]);
+      }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));     // finite: the first token of a stretch is one of the context
+    const float r = exp2f(m - top);
+    m = top;
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        s[n][j] = exp2f(s[n][j] - m);
+        sum += s[n][j];
+      }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    l = l * r + sum;
+#pragma unroll
+    for (int d = 0; d < TILES; ++d) { o[d][0] *= r; o[d][1] *= r; }
+    const u32 a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[1][0], s[1][1]);
+    stage = ring.wait();
+    if (is_last) {          // zeros after the last token: whatever lies there must not become a NaN
+      if (lane < HEAD_DIM / 8) {
+        if (has_new) sts128(stage + kv_piece(pos, lane), fresh.value);
+        for (int j = pos + 1; j < TOKENS; ++j) sts128(stage + kv_piece(j, lane), make_uint4(0, 0, 0, 0));
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int d = 0; d < TILES; d += 2) {
+      u32 b[4];             // tokens 0 to 7 and 8 to 15, of eight dimensions and of the next eight
+      ldmatrix_t(b, stage + kv_piece(lane & 15, d + (lane >> 4)));
+      mma(o[d], a0, a1, b[0], b[1]);
+      mma(o[d + 1], a0, a1, b[2], b[3]);
+    }
+    if (is_last) async_fence();
+    __syncwarp();
+    refill();
+    ring.next_out();
+  }
+};
+
+// A warp's part of its team's tasks. `merge` [PARTIES][GROUP][HEAD_DIM + 2] is the team's own.
+template <class R, class Refill>
+__device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
+  Task task;
+  for (task.id = team.first_id; task.find(p.num_rows, team.lens, team.index); task.id += team.stride) {
+    const int len = __shfl_sync(~0u, team.lens, task.seq);
+    const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
+    const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
+    Fresh fresh;
+    fresh.poll(p, task, has_new, tag, lane);
+    team.sync();            // `merge` is free
+    for (; task.party < PARTIES; task.begin(task.party + team.width)) {
+      Softmax mine;
+      for (; task.at < task.end; task.at += PARTIES * TOKENS)
+        mine.take(fresh, ring, task.at, task.end, len, has_new, lane, refill);
+      if (g < GROUP) {
+        float* to = merge + (task.party * GROUP + g) * (HEAD_DIM + 2);
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
+        if (t == 0) { to[HEAD_DIM] = mine.m; to[HEAD_DIM + 1] = mine.l; }
+      }
+    }
+    team.sync();
+    const size_t seq_head = (size_t)task.seq * KV_HEADS + task.kv;
+    float* part = p.part + seq_head * MAX_SPLITS * GROUP * (HEAD_DIM + 1);
+    u16* attended = p.attended + (size_t)task.seq * Q_SIZE + task.kv * GROUP * HEAD_DIM;
+    for (int i = tid; i < GROUP * HEAD_DIM; i += num_threads) {
+      const int h = i / HEAD_DIM, d = i % HEAD_DIM;
+      float m = -INFINITY_F, sum = 0, v = 0;
+#pragma unroll
+      for (int j = 0; j < PARTIES; ++j) m = fmaxf(m, merge[(j * GROUP + h) * (HEAD_DIM + 2) + HEAD_DIM]);
+#pragma unroll
+      for (int j = 0; j < PARTIES; ++j) {
+        const float* from = merge + (j * GROUP + h) * (HEAD_DIM + 2);
+        const float f = exp2f(from[HEAD_DIM] - m);
+        sum += f * from[HEAD_DIM + 1];
+        v += f * from[d];
+      }
+      if (task.num_splits == 1) {
+        attended[i] = pack1(v / sum);
+      } else {
+        float* to = part + (size_t)(task.split * GROUP + h) * (HEAD_DIM + 1);
+        __stcg(to + d, v / sum);
+        if (d == 0) __stcg(to + HEAD_DIM, m + log2f(sum));
+      }
+    }
+    if (task.num_splits == 1) continue;
+    // Whoever comes last adds up all parts, in order.
+    __threadfence();
+    team.sync();
+    if (tid == 0) *word = atomicAdd(p.split_count + seq_head, 1);
+    team.sync();
+    if (*word != task.num_splits - 1) continue;
+    __threadfence();
+    for (int i = tid; i < GROUP * HEAD_DIM; i += num_threads) {
+      const float* from = part + (size_t)(i / HEAD_DIM) * (HEAD_DIM + 1);
+      constexpr int STEP = GROUP * (HEAD_DIM + 1);
+      float m = -INFINITY_F, sum = 0, v = 0;
+      for (int j = 0; j < task.num_splits; ++j) m = fmaxf(m, __ldcg(from + j * STEP + HEAD_DIM));
+      for (int j = 0; j < task.num_splits; ++j) {
+        const float f = exp2f(__ldcg(from + j * STEP + HEAD_DIM) - m);
+        sum += f;
+        v += f * __ldcg(from + j * STEP + i % HEAD_DIM);
+      }
+      attended[i] = pack1(v / sum);
+    }
+    if (tid == 0) p.split_count[seq_head] = 0;
+  }
+}
+
