@@ -5,6 +5,8 @@ Dummy weights; the reference computes them on the CPU in float32. Run as tests/g
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +34,8 @@ SHAPES = {
 }
 # Relative error of logits; torch in the same dtype makes about half of it.
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Engines = Callable[[str], Path]
 Positions = list[np.ndarray]
@@ -245,6 +249,35 @@ def test_a_changed_kernel_is_found(engines: Engines, tmp_path: Path) -> None:
     cubin.write_bytes(data)
     with pytest.raises(EngineError, match=rf"kernels/{cubin.name} was changed"):
         LLM(path)
+
+
+def test_running_compiles_nothing(engines: Engines, tmp_path: Path) -> None:
+    """With no program on the PATH, no compiler to import, and nowhere to keep what one would make."""
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o500)
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('triton', 'cuda.core', 'cuda.bindings.nvrtc')))\n"
+        "from puna import LLM, SamplingParams\n"
+        "with LLM(sys.argv[1]) as llm:\n"
+        "    params = SamplingParams(max_new_tokens=3, temperature=0.0, ignore_eos=True)\n"
+        "    outputs = llm.generate([[1, 2, 3] * 9, [4, 5]], params)\n"
+        "    print([len(output.token_ids) for output in outputs])\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(engines("7b-wide"))],
+        env={
+            "PATH": str(tmp_path),
+            "TRITON_CACHE_DIR": str(cache),
+            "CUDA_CACHE_DISABLE": "1",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split("\n")[0] == "[3, 3]"
+    assert not list(cache.iterdir())
 
 
 def test_too_much_memory_is_refused_with_the_figures(engines: Engines) -> None:
