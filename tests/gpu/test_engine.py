@@ -252,7 +252,7 @@ def test_a_changed_kernel_is_found(engines: Engines, tmp_path: Path) -> None:
 
 
 def test_running_compiles_nothing(engines: Engines, tmp_path: Path) -> None:
-    """With no program on the PATH, no compiler to import, and nowhere to keep what one would make."""
+    """No program on the PATH, no compiler to import, nowhere to keep what one would make."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o500)
     code = (
