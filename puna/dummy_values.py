@@ -41,16 +41,18 @@ def mix32(x: Array) -> Array:
     return x
 
 
-def counter_bits(key0: int, key1: int, index: Array) -> Array:
+def counter_bits(key0: int | Array, key1: int | Array, index: Array) -> Array:
     """32 random bits for each 64-bit counter: uint64 [...] -> uint32 [...].
+
+    The keys are for all counters, or one for each.
 
     >>> counter_bits(1, 2, np.array([0, 1, 2**40], np.uint64)).tolist()
     [3405767568, 3507691905, 903288019]
     """
     index = np.asarray(index, np.uint64)
-    x = mix32(index.astype(np.uint32) ^ np.uint32(key0))
+    x = mix32(index.astype(np.uint32) ^ np.asarray(key0).astype(np.uint32))
     x ^= (index >> np.uint64(32)).astype(np.uint32) * HIGH_WORD
-    x ^= np.uint32(key1)
+    x ^= np.asarray(key1).astype(np.uint32)
     return mix32(x)
 
 

@@ -184,10 +184,20 @@ def gumbel(seed: int, stream: int, position: int, token_ids: Array) -> Array:
 
 
 def _noise_bits(seed: int, stream: int, position: int, token_ids: Array) -> Array:
-    counter = np.uint64(2) * np.uint64((stream << 32) | position)
-    pair = np.array([counter, counter + np.uint64(1)], np.uint64)
-    key0, key1 = counter_bits(seed & 0xFFFFFFFF, seed >> 32, pair).tolist()
+    keys = noise_keys(np.array([seed], np.uint64), *np.array([[stream], [position]], np.uint64))
+    key0, key1 = (int(key_L[0]) for key_L in keys)
     return counter_bits(key0, key1, token_ids.astype(np.uint64))
+
+
+def noise_keys(seed_L: Array, stream_L: Array, position_L: Array) -> tuple[Array, Array]:
+    """The two uint32 keys of each row's noise: its bits for a token are
+    `counter_bits(key0, key1, token id)`."""
+    seed_L = np.asarray(seed_L, np.uint64)
+    stream_L, position_L = (np.asarray(x, np.uint64) for x in (stream_L, position_L))
+    counter_L = np.uint64(2) * ((stream_L << np.uint64(32)) | position_L)
+    low_L, high_L = seed_L & np.uint64(0xFFFFFFFF), seed_L >> np.uint64(32)
+    first, second = (counter_bits(low_L, high_L, counter_L + np.uint64(i)) for i in (0, 1))
+    return first, second
 
 
 def _gumbel_of(bits: Array) -> Array:

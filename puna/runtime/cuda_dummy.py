@@ -1,7 +1,6 @@
 """Dummy weights made on a GPU: the same bits as `puna.dummy_values` makes on a CPU.
 
-The hash is 32-bit integer arithmetic that wraps, which torch's int32 does on every device; a shift
-to the right keeps the sign there, so what it brings in is masked out. Values are exact in float32
+Values are exact in float32
 and rounded to nearest when they are stored, as NumPy does it. Knows no layout but rows of a matrix.
 """
 
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from puna.dummy_values import HIGH_WORD, MULTIPLIERS, STEP, dummy_keys
+from puna.cuda.hash32 import mix32, signed
+from puna.dummy_values import HIGH_WORD, STEP, dummy_keys
 
 # Values made at a time: 16 MiB of each temporary, which then stay in the GPU's cache.
 _CHUNK = 4 * 2**20
@@ -41,12 +41,12 @@ def fill_dummy_matrix(
         rows_N = np.arange(first_row + start, first_row + stop, dtype=np.uint64)
         low_N = torch.from_numpy((rows_N * np.uint64(num_cols)).astype(np.uint32).view(np.int32))
         torch.add(low_N.to(device)[:, None], cols_K, out=x_NK)
-        x_NK ^= _signed(key0)
-        _mix32(x_NK, spare_NK)
+        x_NK ^= signed(key0)
+        mix32(x_NK, spare_NK)
         if (first_row + stop) * num_cols >= 2**32:
             x_NK ^= _high_words(rows_N, num_cols, first_col, width, device)
-        x_NK ^= _signed(key1)
-        _mix32(x_NK, spare_NK)
+        x_NK ^= signed(key1)
+        mix32(x_NK, spare_NK)
         _sum_bytes(x_NK, spare_NK)
         values_NK = x_NK.to(torch.float32)
         values_NK -= 510
@@ -69,16 +69,6 @@ def _high_words(
     return torch.from_numpy(high_NK.view(np.int32)).to(device)
 
 
-def _mix32(x: torch.Tensor, spare: torch.Tensor) -> None:
-    """`puna.dummy_values.mix32`, in place."""
-    for shift, multiplier in ((16, MULTIPLIERS[0]), (15, MULTIPLIERS[1]), (16, None)):
-        torch.bitwise_right_shift(x, shift, out=spare)
-        spare &= (1 << (32 - shift)) - 1
-        x ^= spare
-        if multiplier is not None:
-            x *= _signed(int(multiplier))
-
-
 def _sum_bytes(x: torch.Tensor, spare: torch.Tensor) -> None:
     """The sum of the four bytes of each word, in place."""
     torch.bitwise_right_shift(x, 8, out=spare)
@@ -88,8 +78,3 @@ def _sum_bytes(x: torch.Tensor, spare: torch.Tensor) -> None:
     torch.bitwise_right_shift(x, 16, out=spare)
     x &= 0xFFFF
     x += spare
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as int32 has it."""
-    return word - 2**32 if word >= 2**31 else word

@@ -1,7 +1,7 @@
 """CudaRunner: steps as CUDA graphs, one recorded for each padded shape.
 
-Decides where a rank's arrays lie on the GPU, what is recorded when, and who samples. Greedy tokens
-never leave the GPU on their way to the next step; where rows want more than the largest logit, the
+Decides where a rank's arrays lie on the GPU, what is recorded when, and who samples. Tokens never
+leave the GPU on their way to the next step; where rows want penalties, logprobs or candidates, the
 logits come here and NumPy samples. How a step's integers get there and its tokens back is in
 `puna.runtime.cuda_slots`. Knows no kernels.
 
@@ -21,6 +21,7 @@ import torch
 
 from puna.batch import ForwardBatch
 from puna.cuda.choices import choices_for
+from puna.cuda.draw import can_draw, draw_tokens
 from puna.cuda.driver import Driver
 from puna.cuda.fused import FusedDecode
 from puna.cuda.fused_plan import fused_rows, fused_shapes
@@ -163,8 +164,7 @@ class CudaRunner:
 
     def can_run_ahead(self, params: SamplingParams) -> bool:
         """Where the GPU samples: the next step finds the token there."""
-        is_greedy = not params.temperature and not params.has_penalties
-        return is_greedy and params.logprobs is None and params.num_beams == 1
+        return not params.has_penalties and params.logprobs is None and params.num_beams == 1
 
     def start(self, step: LoweredStep, lane: int) -> None:
         assert len(self._flying) < MAX_IN_FLIGHT, "finish the step before"
@@ -180,7 +180,9 @@ class CudaRunner:
         slot.send(step, places, self._limits.block_size, buffers)
         program.run()
         logits_rows_L, logits_LV = step.batch.logits_rows_L, None
-        if step.sampling.is_greedy and not step.prompt_rows:
+        if can_draw(step.sampling) and not step.prompt_rows:
+            if step.sampling.temperature_L.any():
+                self._draw(step, buffers)
             slot.fetch_tokens(buffers)
         elif len(logits_rows_L) <= shape.num_logits:
             logits_LV = self._fetch_logits(len(logits_rows_L))
@@ -265,6 +267,13 @@ class CudaRunner:
     def _activations(self) -> Activations:
         arrays = self._arrays
         return Activations(*(arrays[k] for k in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
+
+    def _draw(self, step: LoweredStep, buffers: Buffers) -> None:
+        """Put drawn tokens in the place of the largest ones, where rows have a temperature."""
+        arrays, vocab = self._arrays, self._opening.config.spec.vocab_size
+        logits_LV = arrays["logits_LV"][: len(step.rows), :vocab]
+        last_tokens_R = arrays["last_tokens_R"]
+        draw_tokens(logits_LV, step.sampling, step.rows, last_tokens_R, buffers.out_tokens_L)
 
     def _fetch_logits(self, num_rows: int) -> Array:
         """Begin to copy the first rows of the step's logits here; at most one step in flight has

@@ -56,8 +56,8 @@ RUN = [
     ),
     ("runtime.rendezvous",),
     ("runtime.launch",),
-    ("cpu", "cuda.ops", "cuda.fused", "cuda.graphs", "cuda.library"),
-    ("ops", "cuda.choices", "cuda.interfaces"),
+    ("cpu", "cuda.ops", "cuda.fused", "cuda.draw", "cuda.graphs", "cuda.library"),
+    ("ops", "cuda.choices", "cuda.interfaces", "cuda.hash32"),
 ]
 BUILD = [
     ("cli",),
@@ -82,6 +82,8 @@ RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize
 RUN_ONLY += (
     "cuda.ops",
     "cuda.fused",
+    "cuda.draw",
+    "cuda.hash32",
     "cuda.graphs",
     "cuda.library",
     "cuda.choices",
