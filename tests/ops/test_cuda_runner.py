@@ -191,6 +191,11 @@ else:
         return SamplingParams(max_new_tokens, temperature=0.0, **more)
 
     PLAIN = (greedy(4), greedy(5, n=2), greedy(2), greedy(1), greedy(4))
+    DRAWN = (
+        SamplingParams(4, temperature=1.0, seed=3, top_k=40),
+        greedy(3),
+        SamplingParams(5, temperature=0.7, seed=4, top_p=0.9, min_p=0.01, n=2),
+    )
     MIXED = (
         greedy(3),
         greedy(3, repetition_penalty=1.3),
@@ -200,14 +205,15 @@ else:
     )
 
     def test_running_ahead_changes_nothing(cuda: Executor, monkeypatch: Any) -> None:
-        ahead = ask(cuda, list(PLAIN))
+        ahead = ask(cuda, [*PLAIN, *DRAWN])
         monkeypatch.setattr(cuda.session, "can_run_ahead", lambda params: False)
         cuda.reset()
-        assert ask(cuda, list(PLAIN)) == ahead
-        assert [len(tokens) for tokens in ahead] == [4, 5, 5, 2, 1, 4]
+        assert ask(cuda, [*PLAIN, *DRAWN]) == ahead
+        assert [len(tokens) for tokens in ahead] == [4, 5, 5, 2, 1, 4, 4, 3, 5, 5]
 
-    def test_steps_do_run_ahead(cuda: Executor) -> None:
-        cuda.add_request(prompt(1, 5), greedy(6))
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_steps_do_run_ahead(cuda: Executor, temperature: float) -> None:
+        cuda.add_request(prompt(1, 5), SamplingParams(6, temperature=temperature))
         most = 0
         while not cuda.is_idle:
             cuda.submit()
@@ -218,8 +224,9 @@ else:
     def test_what_is_sampled_here_is_sampled_as_on_the_reference(
         cuda: Executor, reference: Executor
     ) -> None:
-        """Greedy rows, rows that NumPy samples, and beams, one beside the other. The logits of the
-        two differ in the last digits of float16, which changes no token here."""
+        """Greedy rows, drawn ones, rows that NumPy samples, and beams, one beside the other. The
+        logits of the two differ in the last digits of float16, which changes no token here."""
+        assert ask(cuda, list(DRAWN)) == ask(reference, list(DRAWN))
         assert ask(cuda, list(MIXED)) == ask(reference, list(MIXED))
         assert ask(cuda, list(PLAIN)) == ask(reference, list(PLAIN))
 
