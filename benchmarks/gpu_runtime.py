@@ -107,7 +107,7 @@ def main() -> None:
         narrow = build(DummyCheckpoint(parse_preset(NARROW)), Path(folder) / "narrow", config).path
         for batch in (1, 8, 64):
             found |= host_us(narrow, batch)
-    found["read_gb_s"] = gpu_read_bandwidth("cuda:0")
+        found["read_gb_s"] = gpu_read_bandwidth("cuda:0", narrow)
     print(json.dumps(found, indent=1))
 
 

@@ -170,7 +170,7 @@ def _read_limit(world: World, session: Session | RankedSession) -> float:
     if session.device == "cuda":
         from puna.runtime.cuda_bandwidth import gpu_read_bandwidth  # which needs torch
 
-        return gpu_read_bandwidth(session.device_name)
+        return gpu_read_bandwidth(session.device_name, session.engine_dir)
     threads = session.threads
     num_bytes = min(BUFFER_BYTES, (available_bytes() or 2 * BUFFER_BYTES) // 2)
     if world.size == 1:

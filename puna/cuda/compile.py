@@ -161,7 +161,7 @@ def compile_cuda(source: CudaSource, target: str, folder: Path = SOURCES) -> byt
     options = core.ProgramOptions(
         arch=f"{target}a" if compute_capability(target) >= 90 else target,
         std="c++17",
-        define_macro=[(name, str(value)) for name, value in source.defines],
+        define_macro=[(name, str(value)) for name, value in source.defines] or None,
         include_path=str(folder),
         name=source.source,
     )
@@ -170,14 +170,13 @@ def compile_cuda(source: CudaSource, target: str, folder: Path = SOURCES) -> byt
 
 
 def _cuda_entry(kernel: CudaKernel, file: str) -> dict[str, Any]:
-    """Its entry of kernels.json. It has exactly the parameters that it declares, and waits for the
-    kernels before it by itself."""
+    """Its entry of kernels.json. It has exactly the parameters that it declares."""
     return {
         "file": file,
         "entry": kernel.entry,
         "arguments": [list(argument) for argument in kernel.arguments],
         "null_arguments": 0,
-        "constants": {"OVERLAPS": True},
+        "constants": {"OVERLAPS": kernel.overlaps},
         "num_warps": kernel.num_warps,
         "shared": kernel.shared,
     }

@@ -56,6 +56,7 @@ class CudaKernel:
     arguments: tuple[tuple[str, str], ...]
     num_warps: int
     shared: int  # dynamic shared memory, bytes
+    overlaps: bool  # waits for the kernels before it by itself
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,24 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
 
 def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     """CUDA C++ sources of the engine's target."""
-    return tuple(_fused_source(config, rows) for rows in fused_rows(config))
+    return (_BANDWIDTH, *(_fused_source(config, rows) for rows in fused_rows(config)))
+
+
+_BANDWIDTH = CudaSource(
+    "bandwidth",
+    "bandwidth.cu",
+    (),
+    (
+        CudaKernel(
+            "read_only",
+            "read_only",
+            (("data", "*i32"), ("num_pieces", "i64"), ("sum", "*i32")),
+            num_warps=16,
+            shared=0,
+            overlaps=False,
+        ),
+    ),
+)
 
 
 def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
@@ -174,10 +192,12 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
         tuple(fused_defines(config, rows).items()),
         (
             *(
-                CudaKernel(f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows))
+                CudaKernel(
+                    f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows), True
+                )
                 for name, arguments in kernels.items()
             ),
-            CudaKernel(f"pick_{rows}", "pick", (*pick, ("num_ctas", "i32")), 1, 0),
+            CudaKernel(f"pick_{rows}", "pick", (*pick, ("num_ctas", "i32")), 1, 0, True),
         ),
     )
 

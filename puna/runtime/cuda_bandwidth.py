@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from puna.cuda.driver import Driver
+from puna.cuda.library import Library, read_kernels
 from puna.errors import ConfigError
 
 # Far beyond the L2 cache of any GPU, so that each round reads memory.
 BUFFER_BYTES = 4 * 2**30
 LEAST_BYTES = 2**29
 NUM_ROUNDS = 5
-_COLUMNS = (
-    16384  # summed at a time: rows enough for all multiprocessors, long enough to be read well
-)
+_BLOCKS = 2  # of threads, on each multiprocessor
 
 
-def gpu_read_bandwidth(device_name: str, num_bytes: int = BUFFER_BYTES) -> float:
-    """Read bandwidth of a GPU ("cuda:0") in GB/s: sums over a buffer, the best of several rounds.
+def gpu_read_bandwidth(device_name: str, engine_dir: Path, num_bytes: int = BUFFER_BYTES) -> float:
+    """Read bandwidth of a GPU ("cuda:0") in GB/s, by the engine's kernel for it: one pass over a
+    buffer, the best of several rounds.
 
     Where `num_bytes` are not free, of less. ConfigError if little is free.
     """
@@ -29,18 +32,22 @@ def gpu_read_bandwidth(device_name: str, num_bytes: int = BUFFER_BYTES) -> float
             f"the read bandwidth needs a buffer of {LEAST_BYTES:,} bytes on the GPU, of which "
             f"{free_bytes:,} are free: lower --kv-cache-bytes"
         )
-    rows = num_bytes // (4 * _COLUMNS)
-    words = torch.zeros((rows, _COLUMNS), dtype=torch.float32, device=device)
-    sums = torch.empty(rows, dtype=torch.float32, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     best = 0.0
     with torch.cuda.device(device):
+        library = Library(
+            read_kernels(engine_dir), Driver(), lambda: torch.cuda.current_stream().cuda_stream
+        )
+        num_blocks = _BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
+        words = torch.zeros(num_bytes // 16 * 4, dtype=torch.int32, device=device)
+        unused = torch.zeros(1, dtype=torch.int32, device=device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(1 + NUM_ROUNDS):  # the first one loads the kernel
             start.record()
-            torch.sum(words, dim=1, out=sums)
+            arguments = (words, len(words) // 4, unused)
+            library.launch("read_only", (num_blocks, 1, 1), arguments, False)
             end.record()
             end.synchronize()
             best = max(best, words.nbytes / (start.elapsed_time(end) * 1e-3))
-    del words, sums
-    torch.cuda.empty_cache()
+        del words, unused
+        torch.cuda.empty_cache()
     return best / 1e9

@@ -190,11 +190,17 @@ def test_what_the_engine_cannot_do() -> None:
 
 
 def test_the_read_limit_of_a_gpu(
-    open_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+    open_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bandwidth = pytest.importorskip("puna.runtime.cuda_bandwidth", reason="needs torch")
     asked: list[str] = []
-    monkeypatch.setattr(bandwidth, "gpu_read_bandwidth", lambda name: asked.append(name) or 4000.0)
+
+    def measure(device_name: str, engine_dir: Path) -> float:
+        assert engine_dir == tmp_path
+        asked.append(device_name)
+        return 4000.0
+
+    monkeypatch.setattr(bandwidth, "gpu_read_bandwidth", measure)
     with open_llm() as llm:
         assert llm.session is not None
         monkeypatch.setattr(llm.session, "device", "cuda")

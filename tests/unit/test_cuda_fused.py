@@ -181,7 +181,7 @@ def test_arguments_are_where_the_kernel_looks() -> None:
 def test_layers_of_a_step_have_different_tags() -> None:
     config, launches = cuda_config(SMALL), Launches()
     record(config, 1, launches, num_layers=80)
-    names = [name for name, _ in cuda_sources(config)[0].kernels[0].arguments]
-    at = names.index("layer")
+    kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
+    at = [name for name, _ in kernels["qkv_1"].arguments].index("layer")
     layers = [arguments[at] for name, _, arguments, _ in launches.launched if name == "qkv_1"]
     assert len(set(layers)) == 80 and all(0 <= layer < 1024 for layer in layers)
