@@ -1,10 +1,11 @@
 """Steps of a model on a GPU, without a scheduler: ms a step, and where they go.
 
     python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128]
-                                   [--decode 1 8 16 32 64] [--prefill 128 2048] [--plain]
+                                   [--decode 1 8 16 32 64] [--prefill 128 2048] [--plain] [--unfused]
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
-times graphs of one operation over all layers. `--plain` launches kernels one after the other.
+times graphs of one operation over all layers. `--plain` launches kernels one after the other,
+`--unfused` does without the target's own kernels for a few tokens.
 Needs a GPU and Triton.
 """
 
@@ -20,6 +21,7 @@ from benchmarks.cuda_gemm import config_for
 from puna.batch import ForwardBatch
 from puna.cuda.choices import choices_for
 from puna.cuda.compile import compile_kernels
+from puna.cuda.fused_plan import fused_rows, fused_shapes
 from puna.cuda_memory import padded_cols, padded_rows
 from puna.engine import EngineConfig
 from puna.memory import workspace_specs
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 16, 32, 64])
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 2048])
     parser.add_argument("--plain", action="store_true", help="without overlapping kernels")
+    parser.add_argument("--unfused", action="store_true", help="portable kernels only")
     parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")
     args = parser.parse_args()
     import torch
@@ -44,7 +47,7 @@ def main() -> None:
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     config = config_for(args.model, args.dtype, target)
     start = time.perf_counter()
-    bench = Steps(config, torch, not args.plain, args.direct)
+    bench = Steps(config, torch, not args.plain, args.direct, not args.unfused)
     print(
         f"{torch.cuda.get_device_name()}, {target}, {args.model} {args.dtype}: kernels and weights "
         f"made in {time.perf_counter() - start:.1f} s, {bench.weight_bytes / 1e9:.2f} GB"
@@ -59,9 +62,10 @@ class Steps:
     """A model with random weights on the GPU."""
 
     def __init__(
-        self, config: EngineConfig, torch: Any, overlaps: bool, direct: int | None
+        self, config: EngineConfig, torch: Any, overlaps: bool, direct: int | None, is_fused: bool
     ) -> None:
         from puna.cuda.driver import Driver
+        from puna.cuda.fused import FusedDecode
         from puna.cuda.graphs import GraphRecorder
         from puna.cuda.library import Library
         from puna.cuda.ops import CudaOps
@@ -69,17 +73,24 @@ class Steps:
         self.torch, self.config, self.weight_bytes = torch, config, 0
         files = compile_kernels(config)
         torch.zeros(1, device="cuda")
-        kernels = Library(files, Driver(), lambda: torch.cuda.current_stream().cuda_stream)
+        driver = Driver()
+        kernels = Library(files, driver, lambda: torch.cuda.current_stream().cuda_stream)
         self.dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.dtype]
         kinds = {"float32": torch.float32, "int32": torch.int32, config.dtype: self.dtype}
         self.arrays = {
             name: torch.zeros(shape, dtype=kinds[dtype.name], device="cuda")
             for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items()
         }
-        choices = replace(choices_for(config.target), overlaps=overlaps)
+        choices = replace(choices_for(fused_rows(config)), overlaps=overlaps)
         if direct is not None:
             choices = replace(choices, direct_tokens=direct)
-        self.ops = CudaOps(config, 0, kernels, self.arrays, GraphRecorder(), choices)
+        fused = None
+        if is_fused and fused_rows(config):
+            num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
+            shapes = fused_shapes(config)
+            fused = FusedDecode(shapes, kernels, driver, self.arrays, num_ctas)
+        recorder = GraphRecorder()
+        self.ops = CudaOps(config, 0, kernels, self.arrays, recorder, choices, fused=fused)
         self.model = self._model()
 
     def _model(self) -> Llama:
@@ -116,7 +127,7 @@ class Steps:
                 linear([f, f], d),
                 linear([d], f),
                 LayerCache(
-                    *(torch.zeros(shape, dtype=self.dtype, device="cuda") for _ in range(2))
+                    *(torch.randn(shape, dtype=self.dtype, device="cuda") for _ in range(2))
                 ),
             )
             for _ in range(spec.num_layers)
@@ -183,11 +194,12 @@ class Steps:
         def each(call: Callable[[Layer], None]) -> Callable[[], None]:
             return lambda: [call(layer) for layer in model.layers] and None
 
+        def attend(layer: Layer) -> None:
+            ops.qkv(x, layer.attn_norm, layer.qkv, model.rope, batch, layer.cache, q_TQ)
+            ops.attention(q_TQ, batch, layer.cache, layer.o, x)
+
         parts = {
-            "qkv": each(
-                lambda la: ops.qkv(x, la.attn_norm, la.qkv, model.rope, batch, la.cache, q_TQ)
-            ),
-            "attention": each(lambda la: ops.attention(q_TQ, batch, la.cache, la.o, x)),
+            "qkv and attention": each(attend),  # fused kernels have them in one
             "gate_up": each(lambda la: ops.gate_up(x, la.mlp_norm, la.gate_up, act_TF)),
             "down": each(lambda la: ops.down(act_TF, la.down, x)),
             "head": last,
