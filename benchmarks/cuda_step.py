@@ -1,7 +1,8 @@
 """Steps of a model on a GPU, without a scheduler: ms a step, and where they go.
 
     python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128]
-                                   [--decode 1 8 16 32 64] [--prefill 128 2048] [--plain] [--unfused]
+                                   [--decode 1 8 16 32 64] [--prefill 128 2048]
+                                   [--plain] [--unfused]
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
 times graphs of one operation over all layers. `--plain` launches kernels one after the other,
