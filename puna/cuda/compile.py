@@ -46,8 +46,8 @@ def compile_kernels(
 ) -> dict[str, bytes]:
     """File name -> bytes of everything in `kernels/`; `report` is told each kernel that is done.
 
-    `workers` kernels are compiled at once (None: as many as CPUs); the bytes do not depend on it.
-    ConfigError where a compiler is missing.
+    `workers` CUDA C++ sources are compiled at once (None: as many as CPUs), beside Triton's kernels;
+    the bytes do not depend on it. ConfigError where a compiler is missing.
     """
     triton = _import("triton", "Triton")
     kernels, sources = triton_kernels(config), cuda_sources(config)
@@ -70,10 +70,14 @@ def compile_kernels(
     entries: dict[str, dict[str, Any]] = {}
     files: dict[str, bytes] = {}
     everything = (*kernels, *sources)
-    # The compilers let go of the interpreter's lock while they work.
+    # NVRTC works beside Triton; Triton's kernels are compiled one after the other, since parsing
+    # Python in several threads at once fails now and then (SystemError, Python 3.11).
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for kernel, made in zip(everything, pool.map(compile_one, everything), strict=True):
-            files[f"{kernel.name}.cubin"], added = made
+        beside = {source.name: pool.submit(compile_one, source) for source in sources}
+        for kernel in everything:
+            done = beside.get(kernel.name)
+            cubin, added = compile_one(kernel) if done is None else done.result()
+            files[f"{kernel.name}.cubin"] = cubin
             entries |= added
             if report:
                 report(kernel.name)
