@@ -46,7 +46,7 @@ def compile_kernels(
 ) -> dict[str, bytes]:
     """File name -> bytes of everything in `kernels/`; `report` is told each kernel that is done.
 
-    `workers` CUDA C++ sources are compiled at once (None: as many as CPUs), beside Triton's kernels;
+    `workers` CUDA C++ sources are compiled at once (None: one a CPU), beside Triton's kernels;
     the bytes do not depend on it. ConfigError where a compiler is missing.
     """
     triton = _import("triton", "Triton")
