@@ -9,9 +9,7 @@ they are used, and nowhere else.
 from __future__ import annotations
 
 import importlib
-import os
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -39,15 +37,10 @@ _PTX_TYPES = MappingProxyType(
 )
 
 
-def compile_kernels(
-    config: EngineConfig,
-    report: Callable[[str], None] | None = None,
-    workers: int | None = None,
-) -> dict[str, bytes]:
-    """File name -> bytes of everything in `kernels/`; `report` is told each kernel that is done.
+def compile_kernels(config: EngineConfig) -> dict[str, bytes]:
+    """File name -> bytes of everything in `kernels/`.
 
-    `workers` CUDA C++ sources are compiled at once (None: one a CPU), beside Triton's kernels;
-    the bytes do not depend on it. ConfigError where a compiler is missing.
+    ConfigError where a compiler is missing.
     """
     triton = _import("triton", "Triton")
     kernels, sources = triton_kernels(config), cuda_sources(config)
@@ -72,15 +65,13 @@ def compile_kernels(
     everything = (*kernels, *sources)
     # NVRTC works beside Triton; Triton's kernels are compiled one after the other, since parsing
     # Python in several threads at once fails now and then (SystemError, Python 3.11).
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor() as pool:
         beside = {source.name: pool.submit(compile_one, source) for source in sources}
         for kernel in everything:
             done = beside.get(kernel.name)
             cubin, added = compile_one(kernel) if done is None else done.result()
             files[f"{kernel.name}.cubin"] = cubin
             entries |= added
-            if report:
-                report(kernel.name)
     table = {"target": config.target, "compilers": versions, "kernels": entries}
     return {KERNELS_FILE: canonical_json(table), **files}
 
