@@ -103,3 +103,8 @@ class FusedOps(Protocol):
         """As `CudaOps.sample_greedy`, of the logits that `head` wrote last. A token is -1 where a
         kernel waited in vain for another."""
         ...
+
+    def finish(self) -> None:
+        """Launch what was held back: an operation may wait to see which one comes next. Called
+        before anything else is launched, and at the end of a recording."""
+        ...

@@ -85,9 +85,13 @@ class CudaOps:
             self._recorder.prepare(emit)
             self._state = "recording"
             self._is_behind_a_kernel = False
-            return self._recorder.record(emit)
+            return self._recorder.record(partial(self._emit, emit))
         finally:
             self._state = "idle"
+
+    def _emit(self, emit: Callable[[], None]) -> None:
+        emit()
+        self._finish_fused()
 
     def embed(self, token_ids_T: Tensor, table: Linear, x: Stream) -> None:
         (matrix,) = table.weights
@@ -304,6 +308,10 @@ class CudaOps:
             fused()
             self._is_behind_a_kernel = False  # of this file's: how that one waits is not known
 
+    def _finish_fused(self) -> None:
+        if self._fused:
+            self._fused.finish()
+
     def _scratch(self, name: str, x: Stream) -> Tensor:
         return self._arrays[name][: len(x.residual_TD)]
 
@@ -363,12 +371,14 @@ class CudaOps:
         (num_tokens, num_cols), num_rows = x_TK.shape, y_TN.shape[1]
         key = (num_tokens, num_rows, num_cols)
         if self._is_recording() or key not in self._known_products:
+            self._finish_fused()
             torch.mm(x_TK, w_NK[:num_rows, :num_cols].T, out=y_TN)
             self._known_products.add(key)
             self._is_behind_a_kernel = False
 
     def _launch(self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...]) -> None:
         if self._is_recording():
+            self._finish_fused()
             overlaps = self._choices.overlaps and self._is_behind_a_kernel
             self._kernels.launch(name, grid, arguments, overlaps)
             self._is_behind_a_kernel = True

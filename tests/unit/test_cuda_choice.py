@@ -81,6 +81,9 @@ class Fused:
     def sample_greedy(self, *_: Any) -> None:
         self._say("sample_greedy")
 
+    def finish(self) -> None:
+        pass
+
 
 class Once:
     """A recorder that runs what it records."""
