@@ -13,7 +13,7 @@ from typing import Any
 
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused_plan import CACHE_BOX, FUSED_ROWS, FusedShapes, weight_box
+from puna.cuda.fused_plan import CACHE_BOX, FUSED_ROWS, FusedShapes, tile_rows, weight_box
 from puna.cuda.library import Library
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -88,7 +88,7 @@ class FusedDecode:
         self._launch(
             "qkv",
             num_rows,
-            self._map("qkv", projection.weight_XK),
+            self._map("qkv", num_rows, projection.weight_XK),
             self._bias(projection.bias_N),
             x.residual_TD,
             projection.norm.weight_D,
@@ -113,7 +113,7 @@ class FusedDecode:
             self._num_layers,
         )
         bias = self._bias(bias_N)
-        weight = self._map("out", weight_NK)
+        weight = self._map("out", num_rows, weight_NK)
         self._launch("out", num_rows, weight, bias, attended_TQ, x.residual_TD, num_rows)
 
     def gate_up(
@@ -121,12 +121,12 @@ class FusedDecode:
     ) -> None:
         num_rows, bias = len(act_TF), self._bias(bias_N)
         residual_TD, weight_D = x.residual_TD, norm.weight_D
-        weight = self._map("gate_up", weight_XK)
+        weight = self._map("gate_up", num_rows, weight_XK)
         self._launch("gate_up", num_rows, weight, bias, residual_TD, weight_D, act_TF, num_rows)
 
     def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
         num_rows, bias = len(act_TF), self._bias(bias_N)
-        weight = self._map("down", weight_NK)
+        weight = self._map("down", num_rows, weight_NK)
         self._launch("down", num_rows, weight, bias, act_TF, x.residual_TD, num_rows)
 
     def head(
@@ -137,7 +137,7 @@ class FusedDecode:
         self._launch(
             "head",
             num_rows,
-            self._map("head", weight_NK),
+            self._map("head", num_rows, weight_NK),
             x.residual_TD,
             norm.weight_D,
             rows_L,
@@ -160,10 +160,11 @@ class FusedDecode:
         name, grid = f"{kernel}_{_variant(num_rows)}", (self._num_ctas, 1, 1)
         self._library.launch(name, grid, arguments, True)
 
-    def _map(self, kernel: str, weight_NK: Tensor) -> TensorMap:
-        key = kernel, weight_NK.data_ptr()
+    def _map(self, kernel: str, num_rows: int, weight_NK: Tensor) -> TensorMap:
+        variant = _variant(num_rows)
+        key = f"{kernel}_{variant}", weight_NK.data_ptr()
         if key not in self._maps:
-            dims, box = weight_box(self._shapes, kernel, len(weight_NK))
+            dims, box = weight_box(self._shapes, kernel, len(weight_NK), tile_rows(variant))
             self._maps[key] = self._driver.tensor_map(weight_NK.data_ptr(), dims, box)
         return self._maps[key]
 

@@ -14,12 +14,12 @@ from puna.weights import extent
 
 # Kernels are compiled for one token, and for up to eight.
 FUSED_ROWS = (1, 8)
+KERNELS = ("qkv", "out", "gate_up", "down", "head")
 MAX_SPLITS = 16  # parts of a context in attention
 # Of keys or values, the innermost dimension first: half a stage or all of one.
 CACHE_BOX = (64, 16, 1)
 # Mirrors of constants in the source.
-_WARPS, _TILE, _CHUNK, _REGISTER_UNITS = 8, 8, 256, 32
-_STAGE_BYTES = _TILE * _CHUNK * 2
+_WARPS, _CHUNK, _REGISTER_UNITS = 8, 256, 32
 _NUM_BUFFERS = 2 * _WARPS
 _MAX_SHARED = 227 * 1024
 
@@ -69,41 +69,64 @@ def fused_rows(config: EngineConfig) -> tuple[int, ...]:
     sizes_fit = all(size % _CHUNK == 0 and size >= least for size in (s.hidden, s.q_size, s.ffn))
     if not sizes_fit or s.head_dim not in (64, 128) or s.group > 8:
         return ()
-    kernels = ("qkv", "out", "gate_up", "down", "head")
     return tuple(
         rows
         for rows in FUSED_ROWS
         if rows <= config.limits.max_batch_size
-        and all(shared_bytes(s, kernel, rows) <= _MAX_SHARED for kernel in kernels)
+        and all(shared_bytes(s, kernel, rows) <= _MAX_SHARED for kernel in KERNELS)
     )
+
+
+def num_stages(s: FusedShapes, kernel: str, rows: int) -> int:
+    """Stages of a warp's ring."""
+    if rows > 1:
+        return 3 if kernel == "down" else 4  # its input needs the room
+    # Three are 1.5 % of a step faster than two, but not where few heads of keys leave attention to
+    # few CTAs: there qkv of two is 1 % faster (H200, 2026-11-26).
+    room = _MAX_SHARED - _other_bytes(s, kernel, rows)
+    most = 2 if kernel == "qkv" and s.group > 1 else 3
+    return min(room // (_WARPS * (_stage_bytes(rows) + 8)), most)
 
 
 def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     """Bytes of dynamic shared memory: `Shared<...>::TOTAL` of the source."""
+    stages = num_stages(s, kernel, rows)
+    return _WARPS * stages * (_stage_bytes(rows) + 8) + _other_bytes(s, kernel, rows)
+
+
+def _stage_bytes(rows: int) -> int:
+    return tile_rows(rows) * _CHUNK * 2
+
+
+def _other_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
+    """Shared memory beside the rings and their barriers."""
     num_cols = s.num_cols(kernel)
-    stages = 3 if kernel == "down" and rows > 1 else 4
     units = -(-num_cols // (_CHUNK * _WARPS)) * (_CHUNK // 32)
     in_shared = max(units - _REGISTER_UNITS, 0)
     inputs = num_cols * 2 if rows == 1 else _WARPS * in_shared * 512
-    parts = _NUM_BUFFERS * _WARPS * _TILE * rows * 4
+    parts = _NUM_BUFFERS * _WARPS * tile_rows(rows) * rows * 4
     merge = 2 * _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
-    barriers = (_WARPS * stages + _NUM_BUFFERS) * 8
     words = (_WARPS * rows + 8) * 4
-    return _WARPS * stages * _STAGE_BYTES + max(inputs + parts, merge) + barriers + words
+    return max(inputs + parts, merge) + _NUM_BUFFERS * 8 + words
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of weights that belong together, TILE of the source; `rows`: of the variant."""
+    return 16 if rows == 1 else 8
 
 
 def weight_box(
-    s: FusedShapes, kernel: str, num_rows: int
+    s: FusedShapes, kernel: str, num_rows: int, tile: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """A kernel's matrix of `num_rows` rows as a tensor of three dimensions, the innermost first,
-    and the box of it that is one copy: a chunk of eight rows that belong together."""
+    and the box of it that is one copy: a chunk of the rows that belong together."""
     num_cols = s.num_cols(kernel)
     if kernel == "qkv":
         half = s.head_dim // 2
-        return (num_cols, half, num_rows // half), (_CHUNK, _TILE // 2, 2)
+        return (num_cols, half, num_rows // half), (_CHUNK, tile // 2, 2)
     if kernel == "gate_up":
-        return (num_cols, s.ffn, 2), (_CHUNK, _TILE // 2, 2)
-    return (num_cols, num_rows, 1), (_CHUNK, _TILE, 1)
+        return (num_cols, s.ffn, 2), (_CHUNK, tile // 2, 2)
+    return (num_cols, num_rows, 1), (_CHUNK, tile, 1)
 
 
 def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
@@ -122,8 +145,6 @@ def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
         "ROWS": rows,
         "ATTENTION_BIAS": int(spec.attention_bias),
         "MLP_BIAS": int(spec.mlp_bias),
-        **{
-            f"SHARED_{kernel}": shared_bytes(s, kernel, rows)
-            for kernel in ("qkv", "out", "gate_up", "down", "head")
-        },
+        **{f"SHARED_{kernel}": shared_bytes(s, kernel, rows) for kernel in KERNELS},
+        **{f"STAGES_{kernel}": num_stages(s, kernel, rows) for kernel in KERNELS},
     }

@@ -20,7 +20,9 @@ from puna.cuda.fused_plan import (
     CACHE_BOX,
     fused_rows,
     fused_shapes,
+    num_stages,
     shared_bytes,
+    tile_rows,
     weight_box,
 )
 from puna.cuda.kernel_table import cuda_sources
@@ -58,21 +60,23 @@ def test_one_block_of_threads_fits_on_a_multiprocessor(preset: str) -> None:
         for kernel in KERNELS:
             num_bytes = shared_bytes(fused_shapes(config), kernel, rows)
             assert 114 * 1024 < num_bytes + 1024 <= 228 * 1024, (kernel, rows, num_bytes)
+            assert num_stages(fused_shapes(config), kernel, rows) >= 2
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_boxes_of_all_tiles_are_the_matrix(preset: str) -> None:
+@pytest.mark.parametrize("rows", [1, 8])
+def test_boxes_of_all_tiles_are_the_matrix(preset: str, rows: int) -> None:
     """Each row once; and the rows of a tile are those that its finish takes for neighbours."""
     shapes = fused_shapes(cuda_config(parse_preset(preset)))
     all_rows = shapes.q_size + 2 * shapes.num_kv_heads * shapes.head_dim
-    half = shapes.head_dim // 2
+    half, tile = shapes.head_dim // 2, tile_rows(rows)
     for kernel, num_rows, apart in (
         ("qkv", all_rows, half),
         ("gate_up", 2 * shapes.ffn, shapes.ffn),
-        ("out", shapes.hidden, 1),
-        ("down", shapes.hidden, 1),
+        ("out", shapes.hidden, 8 if rows == 1 else 1),
+        ("down", shapes.hidden, 8 if rows == 1 else 1),
     ):
-        dims, box = weight_box(shapes, kernel, num_rows)
+        dims, box = weight_box(shapes, kernel, num_rows, tile)
         assert dims[0] == shapes.num_cols(kernel) and dims[1] * dims[2] == num_rows
         assert dims[0] % box[0] == dims[1] % box[1] == dims[2] % box[2] == 0
         seen = np.zeros(num_rows, int)
@@ -80,8 +84,9 @@ def test_boxes_of_all_tiles_are_the_matrix(preset: str) -> None:
             for y in range(0, dims[1], box[1]):
                 rows = [(z + j) * dims[1] + y + i for j in range(box[2]) for i in range(box[1])]
                 seen[rows] += 1
-                first, second = rows[:4], rows[4:]
-                pairs = zip(first, second, strict=True) if box[2] == 2 else pairwise(rows)
+                assert len(rows) == tile
+                in_halves = zip(rows[: tile // 2], rows[tile // 2 :], strict=True)
+                pairs = in_halves if box[2] == 2 or tile == 16 else pairwise(rows)
                 assert all(b - a == apart for a, b in pairs)
         assert (seen == 1).all(), kernel
 

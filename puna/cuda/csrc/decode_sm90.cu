@@ -2,10 +2,10 @@
 // the paged cache), out (+ residual), gate_up (norm, SiLU), down (+ residual); then head (norm, logits, each CTA's best tokens)
 // and pick. For up to ROWS tokens, each of a sequence of its own.
 //
-// One scheme for all. A CTA an SM, eight warps. Weights are rows of a matrix [Np, K]; a CTA owns consecutive tiles of eight
+// One scheme for all. A CTA an SM, eight warps. Weights are rows of a matrix [Np, K]; a CTA owns consecutive tiles of TILE
 // rows, and warp w about an eighth of their columns, in chunks of 256. It streams them through a ring of its own in shared memory
-// (a chunk of all eight rows is one copy, one stage, one barrier), so that in the main loop no warp waits for another. Products are mma.m16n8k16, tokens
-// the rows and the weights of a tile the columns. A warp's sums of a tile go to shared memory; the warps take turns to add up the
+// (a chunk of all of a tile's rows is one copy, one stage, one barrier), so that in the main loop no warp waits for another. Products are mma.m16n8k16:
+// eight rows of weights are the columns and the tokens the rows, or, for one token, sixteen rows of weights the rows. A warp's sums of a tile go to shared memory; the warps take turns to add up the
 // eight parts, in order, and to finish the tile. So the order of a row's sum depends on nothing else.
 //
 // Which columns of a fragment are "k" is free as long as tokens and weights agree: a lane takes eight neighbouring columns
@@ -17,19 +17,23 @@
 // while the next one's rings are full, were no faster (H100, 2026-11-25).
 //
 // Defined by who compiles it: BF16 (0, 1), HIDDEN, HEADS, KV_HEADS, HEAD_DIM (64, 128), FFN, VOCAB, KV_BLOCK, EPS, ROWS (1, 8),
-// ATTENTION_BIAS, MLP_BIAS (0, 1), SHARED_<kernel>: bytes of dynamic shared memory, which puna.cuda.fused_plan works out.
+// ATTENTION_BIAS, MLP_BIAS (0, 1), STAGES_<kernel>, SHARED_<kernel>: bytes of dynamic shared memory, which puna.cuda.fused_plan works out.
 #include "attention.cuh"
 #include "input.cuh"
 
-// What a tile becomes. Lane (g, t) has the sums a and b of weight rows 2t and 2t + 1 for token g. `load` is called before the
-// sums are there, for what will be needed then.
+// What a tile becomes. A lane has the sums a and b of pair i of the tile's rows for token g: of one token lane 4i, of more lane
+// (g, i). `load` is called before the sums are there, for what will be needed then.
 template <int MODE>
 struct Finish {
   float2 residual, rotation;
   int row, head, slot;
-  __device__ __forceinline__ void load(const Args& p, int tile, int g, int t) {
-    row = weight_row<MODE>(tile, 2 * t);
-    if (MODE == OUT || MODE == DOWN) residual = __ldcg(reinterpret_cast<const float2*>(p.h + (size_t)g * HIDDEN + row));
+  __device__ __forceinline__ void load(const Args& p, int tile, int g, int i) {
+    row = first_of<MODE>(tile, i);
+    if (MODE == OUT || MODE == DOWN) {
+      const float* h = p.h + (size_t)g * HIDDEN + row;
+      if (ROWS == 1) residual = make_float2(__ldcg(h), __ldcg(h + PARTNER<MODE>));
+      else residual = __ldcg(reinterpret_cast<const float2*>(h));
+    }
     if (MODE == QKV) {
       head = tile / TILES_A_HEAD;
       rotation = make_float2(1, 0);
@@ -40,10 +44,10 @@ struct Finish {
       slot = __ldg(p.slots + g);
     }
   }
-  __device__ __forceinline__ void store(const Args& p, float a, float b, int tile, int g, int t, u32 tag, float2& best) {
+  __device__ __forceinline__ void store(const Args& p, float a, float b, int g, u32 tag, float2& best) {
     if (MODE == QKV || MODE == OUT ? ATTENTION_BIAS : MODE != HEAD && MLP_BIAS) {
       a += __ldg(p.bias + row);
-      b += __ldg(p.bias + weight_row<MODE>(tile, 2 * t + 1));
+      b += __ldg(p.bias + row + PARTNER<MODE>);
     }
     if (MODE == QKV) {
       const int d = row % HEAD_DIM;
@@ -60,15 +64,22 @@ struct Finish {
       }
       st_tagged(p.fresh + ((size_t)g * ALL_HEADS + head) * (HEAD_DIM / 2) + d, pack2(a, b), tag);
     } else if (MODE == OUT || MODE == DOWN) {
-      __stcg(reinterpret_cast<float2*>(p.h + (size_t)g * HIDDEN + row), make_float2(residual.x + a, residual.y + b));
+      float* h = p.h + (size_t)g * HIDDEN + row;
+      if (ROWS == 1) {
+        __stcg(h, residual.x + a);
+        __stcg(h + PARTNER<MODE>, residual.y + b);
+      } else {
+        __stcg(reinterpret_cast<float2*>(h), make_float2(residual.x + a, residual.y + b));
+      }
     } else if (MODE == GATE_UP) {
       p.y[(size_t)g * FFN + row] = pack1(a / (1.f + __expf(-a)) * b);
     } else {
       float* to = p.logits + (size_t)g * VOCAB;
+      const int other = row + PARTNER<MODE>;
       if (row < VOCAB) to[row] = a;
-      if (row + 1 < VOCAB) to[row + 1] = b;
+      if (other < VOCAB) to[other] = b;
       if (row < VOCAB && a > best.x) best = make_float2(a, __int_as_float(row));
-      if (row + 1 < VOCAB && b > best.x) best = make_float2(b, __int_as_float(row + 1));
+      if (other < VOCAB && b > best.x) best = make_float2(b, __int_as_float(other));
     }
   }
 };
@@ -80,7 +91,7 @@ __device__ __forceinline__ bool is_better(float2 a, float2 b) {
 __device__ __forceinline__ void store_best(const Args& p, float2 best, float2* each) {
   const int tid = threadIdx.x, warp = tid >> 5, g = tid % 32 >> 2, t = tid & 3;
 #pragma unroll
-  for (int o = 1; o < 4; o <<= 1) {
+  for (int o = ROWS == 1 ? 4 : 1; o < (ROWS == 1 ? 32 : 4); o <<= 1) {      // lanes of the same token
     const float2 other = make_float2(__shfl_xor_sync(~0u, best.x, o), __shfl_xor_sync(~0u, best.y, o));
     if (is_better(other, best)) best = other;
   }
@@ -141,41 +152,46 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   // Parts of tile i lie in buffer i % NBUF; warp i % NW finishes it. A warp that writes to buffer i % NBUF again has finished one
   // of the tiles from i + NW on, for which every warp had come so far: tile i was finished, its buffer is free.
   const u32 tag = MODE == QKV ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
-  const bool is_row = g < p.num_rows;
+  const int token = ROWS == 1 ? 0 : g, pair = ROWS == 1 ? g : t;
+  const bool has_pair = ROWS == 1 ? t == 0 : g < p.num_rows;
   float2 best = make_float2(-INFINITY_F, 0);
   for (int i = 0, tile = first; tile < last; ++i, ++tile) {
     Finish<MODE> finish;
-    if (i % NW == warp && is_row) finish.load(p, tile, g, t);
-    float c0[2] = {}, c1[2] = {};
+    if (i % NW == warp && has_pair) finish.load(p, tile, token, pair);
+    float c0[4] = {}, c1[4] = {};
 #pragma unroll
     for (int c = 0; c < Slice<K>::MOST; ++c) {
       if (!Slice<K>::IS_EVEN && c == Slice<K>::MOST - 1 && c == weights.num_chunks) break;
-      const u32 stage = ring.wait() + box_row<MODE>(g) * ROW_BYTES + t * 16;
+      const u32 stage = ring.wait() + (ROWS == 1 ? g : box_row<MODE>(g)) * ROW_BYTES + t * 16;
       const u32 row = smem32(input) + Slice<K>::column(warp, c) * 2 + t * 16;
 #pragma unroll
       for (int u = 0; u < CHUNK / UNIT; ++u) {
         const uint4 w = lds128(stage + u * UNIT * 2);
-        uint4 x = make_uint4(0, 0, 0, 0);
         if constexpr (ROWS == 1) {
+          const uint4 v = lds128(stage + 8 * ROW_BYTES + u * UNIT * 2);
+          uint4 x = make_uint4(0, 0, 0, 0);
           if (g == 0) x = lds128(row + u * UNIT * 2);
+          mma_column(c0, w.x, v.x, w.y, v.y, x.x, x.y);
+          mma_column(c1, w.z, v.z, w.w, v.w, x.z, x.w);
         } else {
-          x = fragments.get(c * (CHUNK / UNIT) + u);
+          const uint4 x = fragments.get(c * (CHUNK / UNIT) + u);
+          mma(c0, x.x, x.y, w.x, w.y);
+          mma(c1, x.z, x.w, w.z, w.w);
         }
-        mma(c0, x.x, x.y, w.x, w.y);
-        mma(c1, x.z, x.w, w.z, w.w);
       }
       __syncwarp();
       refill();
       ring.next_out();
     }
-    float* part = parts + i % NBUF * NW * ROWS * TILE + g * TILE + 2 * t;
-    if (g < ROWS) *reinterpret_cast<float2*>(part + warp * ROWS * TILE) = make_float2(c0[0] + c1[0], c0[1] + c1[1]);
+    constexpr int OTHER = ROWS == 1 ? 2 : 1;      // of the pair
+    float* part = parts + i % NBUF * NW * ROWS * TILE + token * TILE + 2 * pair;
+    if (ROWS == 8 || t == 0) *reinterpret_cast<float2*>(part + warp * ROWS * TILE) = make_float2(c0[0] + c1[0], c0[OTHER] + c1[OTHER]);
     __syncwarp();
     const u32 bar = done + i % NBUF * 8;
     if (lane == 0) mbar_arrive(bar);
     if (i % NW != warp) continue;
     mbar_wait(bar, i / NBUF & 1);
-    if (is_row) {
+    if (has_pair) {
       float a = 0, b = 0;
 #pragma unroll
       for (int j = 0; j < NW; ++j) {
@@ -183,7 +199,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
         a += v.x;
         b += v.y;
       }
-      finish.store(p, a, b, tile, g, t, tag, best);
+      finish.store(p, a, b, token, tag, best);
     }
   }
   if (MODE == QKV) {

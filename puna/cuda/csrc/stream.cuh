@@ -2,7 +2,9 @@
 #pragma once
 #include "sm90.cuh"
 
-constexpr int NW = 8, NT = 32 * NW, TILE = 8, CHUNK = 256, UNIT = 32;
+// Of one token a product has 16 rows of weights, with the token as one of eight columns; of more it has 8, with the tokens as rows.
+constexpr int TILE = ROWS == 1 ? 16 : 8;
+constexpr int NW = 8, NT = 32 * NW, CHUNK = 256, UNIT = 32;
 constexpr int ROW_BYTES = CHUNK * 2, STAGE = TILE * ROW_BYTES;
 constexpr int NBUF = 2 * NW;                        // tiles whose parts may be under way
 constexpr int REGISTER_UNITS = 32;                  // of the input's fragments that a warp keeps in registers; more in shared memory
@@ -41,21 +43,23 @@ struct Args {
   int table_stride, layer;
 };
 
-// Row r (0 to 7) of a tile of weights. A lane finishes rows 2t and 2t + 1 of a tile: they are what belongs together.
+// A tile is pairs of rows of weights that one lane finishes; the first row of pair i, and its partner.
 template <int MODE>
-__device__ __forceinline__ int weight_row(int tile, int r) {
-  if (MODE == QKV)          // dimensions d and d + HEAD_DIM / 2 of a head
-    return tile / TILES_A_HEAD * HEAD_DIM + tile % TILES_A_HEAD * (TILE / 2) + (r >> 1) + (r & 1) * (HEAD_DIM / 2);
-  if (MODE == GATE_UP) return tile * (TILE / 2) + (r >> 1) + (r & 1) * FFN;
-  return tile * TILE + r;
+__device__ __forceinline__ int first_of(int tile, int i) {
+  if (MODE == QKV) return tile / TILES_A_HEAD * HEAD_DIM + tile % TILES_A_HEAD * (TILE / 2) + i;
+  if (MODE == GATE_UP) return tile * (TILE / 2) + i;
+  return tile * TILE + (ROWS == 1 ? i : 2 * i);
 }
-// The same tile as a box of the matrix, whose map has these dimensions from the innermost on, in boxes of (CHUNK, 4, 2) or
-// (CHUNK, 8, 1): QKV (K, HEAD_DIM / 2, 2 ALL_HEADS), GATE_UP (K, FFN, 2), others (K, Np, 1). A box's rows follow each other.
+template <int MODE>
+__device__ constexpr int PARTNER = MODE == QKV ? HEAD_DIM / 2 : MODE == GATE_UP ? FFN : ROWS == 1 ? TILE / 2 : 1;
+// The same tile as a box of the matrix, whose map has these dimensions from the innermost on, in boxes of (CHUNK, TILE / 2, 2) or
+// (CHUNK, TILE, 1): QKV (K, HEAD_DIM / 2, 2 ALL_HEADS), GATE_UP (K, FFN, 2), others (K, Np, 1). A box's rows follow each other.
 template <int MODE>
 __device__ __forceinline__ void load_tile(u32 dst, const TensorMap& map, int tile, int column, u32 bar, u64 policy) {
-  const int y = MODE == QKV ? tile % TILES_A_HEAD * 4 : MODE == GATE_UP ? tile * 4 : tile * 8;
+  const int y = MODE == QKV ? tile % TILES_A_HEAD * (TILE / 2) : MODE == GATE_UP ? tile * (TILE / 2) : tile * TILE;
   box_load(dst, map, column, y, MODE == QKV ? tile / TILES_A_HEAD * 2 : 0, bar, policy);
 }
+// With eight rows, where row 2i and row 2i + 1 of the product are pair i: row r of the product in the box.
 template <int MODE>
 __device__ __forceinline__ int box_row(int r) {
   return MODE == QKV || MODE == GATE_UP ? (r >> 1) + (r & 1) * 4 : r;
@@ -117,8 +121,9 @@ struct Weights {
   }
 };
 
-// Stages of a warp's ring. Of one row 3 and 5 are up to 1 % slower than 4 (H100, 2026-11-25); `down` of more rows needs the room.
-__device__ constexpr int num_stages(int mode) { return mode == DOWN && ROWS > 1 ? 3 : 4; }
+__device__ constexpr int num_stages(int mode) {     // of a warp's ring
+  return mode == QKV ? STAGES_qkv : mode == OUT ? STAGES_out : mode == GATE_UP ? STAGES_gate_up : mode == DOWN ? STAGES_down : STAGES_head;
+}
 
 // Shared memory of a kernel: rings, [input | parts of tiles] or [attention of the warps], barriers, a few words.
 template <int MODE, int K>
