@@ -20,9 +20,8 @@ from typing import Any
 
 from benchmarks.cuda_gemm import config_for
 from puna.batch import ForwardBatch
-from puna.cuda.choices import choices_for
+from puna.cuda.choices import Choices
 from puna.cuda.compile import compile_kernels
-from puna.cuda.fused_plan import fused_rows, fused_shapes
 from puna.cuda_memory import padded_cols, padded_rows
 from puna.engine import EngineConfig
 from puna.memory import workspace_specs
@@ -66,7 +65,7 @@ class Steps:
         self, config: EngineConfig, torch: Any, overlaps: bool, direct: int | None, is_fused: bool
     ) -> None:
         from puna.cuda.driver import Driver
-        from puna.cuda.fused import FusedDecode
+        from puna.cuda.few import fused_ops
         from puna.cuda.graphs import GraphRecorder
         from puna.cuda.library import Library
         from puna.cuda.ops import CudaOps
@@ -82,14 +81,11 @@ class Steps:
             name: torch.zeros(shape, dtype=kinds[dtype.name], device="cuda")
             for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items()
         }
-        choices = replace(choices_for(fused_rows(config)), overlaps=overlaps)
+        choices = Choices(overlaps=overlaps)
         if direct is not None:
             choices = replace(choices, direct_tokens=direct)
-        fused = None
-        if is_fused and fused_rows(config):
-            num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
-            shapes = fused_shapes(config)
-            fused = FusedDecode(shapes, kernels, driver, self.arrays, num_ctas)
+        num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
+        fused = fused_ops(config, kernels, driver, self.arrays, num_ctas) if is_fused else ()
         recorder = GraphRecorder()
         self.ops = CudaOps(config, 0, kernels, self.arrays, recorder, choices, fused=fused)
         self.model = self._model()

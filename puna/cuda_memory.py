@@ -90,9 +90,11 @@ def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
         return {}
     s = fused_shapes(config)
     all_heads = s.num_heads + 2 * s.num_kv_heads
-    split = (rows, s.num_kv_heads, MAX_SPLITS, s.group, s.head_dim + 1)
+    split = (rows, s.num_kv_heads, MAX_SPLITS, s.group, s.head_dim + 2)
     return {
         "fused_part": (FLOAT32, split),
+        "fused_next": (DTYPES[config.dtype], (rows, s.hidden)),
+        "fused_sums": (FLOAT32, (MAX_MULTIPROCESSORS, rows)),
         "fused_fresh": (INT32, (rows, all_heads, s.head_dim // 2, 2)),
         "fused_split_count": (INT32, (rows, s.num_kv_heads)),
         "fused_best": (FLOAT32, (MAX_MULTIPROCESSORS, rows, 2)),

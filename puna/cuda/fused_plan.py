@@ -1,4 +1,5 @@
-"""What the fused decode kernels of sm_90 (csrc/decode_sm90.cu) are compiled with, and need.
+"""What the fused decode kernels of sm_90 are compiled with, and need: csrc/decode_sm90.cu for one
+token, csrc/few_sm90.cu for a few.
 
 Pure, from `EngineConfig`: which engines have them, for how many tokens, their constants, shared
 memory and scratch. The kernels check the bytes of shared memory against their own layout when they
@@ -12,16 +13,19 @@ from dataclasses import dataclass
 from puna.engine import EngineConfig
 from puna.weights import extent
 
-# Kernels are compiled for one token, and for up to eight.
-FUSED_ROWS = (1, 8)
+# Kernels are compiled for up to so many tokens.
+FUSED_ROWS = (1, 8, 16)
 KERNELS = ("qkv", "out", "gate_up", "down", "head")
 MAX_SPLITS = 16  # parts of a context in attention
 # Of keys or values, the innermost dimension first: half a stage or all of one.
-CACHE_BOX = (64, 16, 1)
-# Mirrors of constants in the source.
-_WARPS, _CHUNK, _REGISTER_UNITS = 8, 256, 32
-_NUM_BUFFERS = 2 * _WARPS
+CACHE_BOX = (64, 32, 1)
+CLUSTER = 2  # CTAs that share a tile where there are several tokens
+# Mirrors of constants in the sources.
+_WARPS, _CHUNK, _TILE = 8, 256, 16
+_STAGE_BYTES = _TILE * _CHUNK * 2
 _MAX_SHARED = 227 * 1024
+# Most 16-byte pieces of the input that a lane keeps in registers, and how many it should.
+_MOST_PIECES, _USUAL_PIECES = 48, 32
 
 
 @dataclass(frozen=True)
@@ -69,64 +73,81 @@ def fused_rows(config: EngineConfig) -> tuple[int, ...]:
     sizes_fit = all(size % _CHUNK == 0 and size >= least for size in (s.hidden, s.q_size, s.ffn))
     if not sizes_fit or s.head_dim not in (64, 128) or s.group > 8:
         return ()
+    limit = config.limits.max_batch_size
     return tuple(
         rows
-        for rows in FUSED_ROWS
-        if rows <= config.limits.max_batch_size
-        and all(shared_bytes(s, kernel, rows) <= _MAX_SHARED for kernel in KERNELS)
+        for before, rows in zip((0, *FUSED_ROWS), FUSED_ROWS, strict=False)
+        if before < limit and all(num_stages(s, kernel, rows) >= 2 for kernel in KERNELS)
     )
 
 
 def num_stages(s: FusedShapes, kernel: str, rows: int) -> int:
     """Stages of a warp's ring."""
-    if rows > 1:
-        return 3 if kernel == "down" else 4  # its input needs the room
     # Three are 1.5 % of a step faster than two, but not where few heads of keys leave attention to
-    # few CTAs: there qkv of two is 1 % faster (H200, 2026-11-26).
+    # few CTAs: there qkv of two is 1 % faster (one token; H200, 2026-11-26).
     room = _MAX_SHARED - _other_bytes(s, kernel, rows)
-    most = 2 if kernel == "qkv" and s.group > 1 else 3
-    return min(room // (_WARPS * (_stage_bytes(rows) + 8)), most)
+    most = 2 if kernel == "qkv" and s.group > 1 and rows == 1 else 3
+    return min(room // (_WARPS * (_STAGE_BYTES + 8)), most)
 
 
 def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     """Bytes of dynamic shared memory: `Shared<...>::TOTAL` of the source."""
     stages = num_stages(s, kernel, rows)
-    return _WARPS * stages * (_stage_bytes(rows) + 8) + _other_bytes(s, kernel, rows)
+    return _WARPS * stages * (_STAGE_BYTES + 8) + _other_bytes(s, kernel, rows)
 
 
-def _stage_bytes(rows: int) -> int:
-    return tile_rows(rows) * _CHUNK * 2
+def register_units(s: FusedShapes, kernel: str, rows: int) -> int:
+    """Units of 32 columns of a warp's input that it keeps in registers; of several tokens."""
+    units, blocks = _units(s, kernel), rows // 8
+    fewest = min(units, _USUAL_PIECES // blocks)
+    room = _MAX_SHARED - 2 * _WARPS * (_STAGE_BYTES + 8)
+    for found in range(fewest, min(units, _MOST_PIECES // blocks)):
+        if _few_bytes(s, kernel, rows, units - found) <= room:
+            return found
+    return min(units, _MOST_PIECES // blocks)
+
+
+def _units(s: FusedShapes, kernel: str) -> int:
+    """Units of 32 columns that a warp has of one of several tokens."""
+    of_a_cta = -(-s.num_cols(kernel) // (_CHUNK * CLUSTER))
+    return -(-of_a_cta // _WARPS) * (_CHUNK // 32)
 
 
 def _other_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     """Shared memory beside the rings and their barriers."""
-    num_cols = s.num_cols(kernel)
-    units = -(-num_cols // (_CHUNK * _WARPS)) * (_CHUNK // 32)
-    in_shared = max(units - _REGISTER_UNITS, 0)
-    inputs = num_cols * 2 if rows == 1 else _WARPS * in_shared * 512
-    parts = _NUM_BUFFERS * _WARPS * tile_rows(rows) * rows * 4
-    merge = 2 * _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
-    words = (_WARPS * rows + 8) * 4
-    return max(inputs + parts, merge) + _NUM_BUFFERS * 8 + words
+    if rows > 1:
+        in_shared = _units(s, kernel) - register_units(s, kernel, rows)
+        return _few_bytes(s, kernel, rows, in_shared)
+    buffers = 2 * _WARPS
+    parts = buffers * _WARPS * _TILE * 4
+    work = max(s.num_cols(kernel) * 2 + parts, _merge_bytes(s, kernel))
+    return work + buffers * 8 + (_WARPS + 8) * 4
 
 
-def tile_rows(rows: int) -> int:
-    """Rows of weights that belong together, TILE of the source; `rows`: of the variant."""
-    return 16 if rows == 1 else 8
+def _few_bytes(s: FusedShapes, kernel: str, rows: int, units_in_shared: int) -> int:
+    sums, buffers = rows // 8 * 512, 32 // rows
+    work = max(_WARPS * sums * (units_in_shared + buffers), _merge_bytes(s, kernel))
+    barriers = (2 * buffers + 2 * _WARPS) * 8
+    return work + _WARPS * sums + barriers + (_WARPS * rows * 2 + rows + 8) * 4
+
+
+def _merge_bytes(s: FusedShapes, kernel: str) -> int:
+    """What two teams of warps add up in, of a task of attention each."""
+    return 2 * _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
 
 
 def weight_box(
-    s: FusedShapes, kernel: str, num_rows: int, tile: int
+    s: FusedShapes, kernel: str, num_rows: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """A kernel's matrix of `num_rows` rows as a tensor of three dimensions, the innermost first,
     and the box of it that is one copy: a chunk of the rows that belong together."""
     num_cols = s.num_cols(kernel)
     if kernel == "qkv":
         half = s.head_dim // 2
-        return (num_cols, half, num_rows // half), (_CHUNK, tile // 2, 2)
+        return (num_cols, half, num_rows // half), (_CHUNK, _TILE // 2, 2)
     if kernel == "gate_up":
-        return (num_cols, s.ffn, 2), (_CHUNK, tile // 2, 2)
-    return (num_cols, num_rows, 1), (_CHUNK, tile, 1)
+        return (num_cols, s.ffn, 2), (_CHUNK, _TILE // 2, 2)
+    return (num_cols, num_rows, 1), (_CHUNK, _TILE, 1)
 
 
 def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
@@ -147,4 +168,5 @@ def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
         "MLP_BIAS": int(spec.mlp_bias),
         **{f"SHARED_{kernel}": shared_bytes(s, kernel, rows) for kernel in KERNELS},
         **{f"STAGES_{kernel}": num_stages(s, kernel, rows) for kernel in KERNELS},
+        **{f"UNITS_{kernel}": register_units(s, kernel, rows) for kernel in KERNELS if rows > 1},
     }

@@ -56,8 +56,8 @@ class Recorder(Protocol):
 class FusedOps(Protocol):
     """Operations for a few tokens at once that are kernels of their own on some target.
 
-    Those named in `operations` are used up to `Choices.fused_tokens` tokens (qkv and attention: of
-    a decode batch), the others are as they are without. They read the residual and add straight
+    Those named in `operations` are used up to some number of tokens (qkv and attention: of a
+    decode batch), the others are as they are without. They read the residual and add straight
     into it, and never touch `partial`. `weight_XK` are q, k, v or gate, up one after the other,
     each padded to a multiple of 16 rows.
     """

@@ -150,31 +150,56 @@ _BANDWIDTH = CudaSource(
 def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     shapes = fused_shapes(config)
-    weight = (("w", "map"), ("bias", "*fp32"))
-    residual, count = (("h", "*fp32"),), (("num_rows", "i32"),)
-    norm = (*residual, ("gamma", "*fp32"))
-    step = tuple((name, "*i32") for name in ("positions", "slots", "seq_lens", "block_table"))
-    kernels = {
-        "qkv": (
-            *weight,
-            *norm,
-            ("cos", "*fp32"),
-            ("sin", "*fp32"),
-            *step,
-            ("keys", dtype),
-            ("values", dtype),
-            ("key_map", "map"),
-            ("value_map", "map"),
-            ("attended", dtype),
-            ("part", "*fp32"),
-            *((name, "*i32") for name in ("fresh", "epoch", "split_count", "error")),
-            ("table_stride", "i32"),
-            *count,
-            ("layer", "i32"),
-        ),
-        "out": (*weight, ("x", dtype), *residual, *count),
-        "gate_up": (*weight, *norm, ("y", dtype), *count),
-        "down": (*weight, ("x", dtype), *residual, *count),
+    few = {1: _one_token, 8: _few_tokens, 16: _few_tokens}[rows](dtype)
+    kernels = [
+        CudaKernel(f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows), True)
+        for name, arguments in few.items()
+    ]
+    if rows > 1:
+        enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
+        kernels.append(CudaKernel(f"enter_{rows}", "enter", enter, 8, 0, True))
+    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
+    kernels.append(CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True))
+    source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"
+    defines = tuple(fused_defines(config, rows).items())
+    return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
+
+
+_WEIGHT = (("w", "map"), ("bias", "*fp32"))
+_COUNT = (("num_rows", "i32"),)
+
+
+def _integers(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "*i32") for name in names)
+
+
+def _attention_arguments(dtype: str) -> tuple[tuple[str, str], ...]:
+    """Those of qkv behind its input."""
+    return (
+        ("cos", "*fp32"),
+        ("sin", "*fp32"),
+        *_integers("positions", "slots", "seq_lens", "block_table"),
+        ("keys", dtype),
+        ("values", dtype),
+        ("key_map", "map"),
+        ("value_map", "map"),
+        ("attended", dtype),
+        ("part", "*fp32"),
+        *_integers("fresh", "epoch", "split_count", "error"),
+        ("table_stride", "i32"),
+        *_COUNT,
+        ("layer", "i32"),
+    )
+
+
+def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    residual = (("h", "*fp32"),)
+    norm, add = (*residual, ("gamma", "*fp32")), (*_WEIGHT, ("x", dtype), *residual, *_COUNT)
+    return {
+        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype)),
+        "out": add,
+        "gate_up": (*_WEIGHT, *norm, ("y", dtype), *_COUNT),
+        "down": add,
         "head": (
             ("w", "map"),
             *norm,
@@ -182,24 +207,29 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
             ("logits", "*fp32"),
             ("best", "*fp32"),
             ("epoch", "*i32"),
-            *count,
+            *_COUNT,
         ),
     }
-    pick = (("best", "*fp32"), *((name, "*i32") for name in ("rows", "last", "tokens", "error")))
-    return CudaSource(
-        f"decode_{rows}",
-        "decode_sm90.cu",
-        tuple(fused_defines(config, rows).items()),
-        (
-            *(
-                CudaKernel(
-                    f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows), True
-                )
-                for name, arguments in kernels.items()
-            ),
-            CudaKernel(f"pick_{rows}", "pick", (*pick, ("num_ctas", "i32")), 1, 0, True),
+
+
+def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    x, add = (*_WEIGHT, ("x", dtype)), (("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype))
+    normed = (*x, ("sums", "*fp32"), ("is_finished", "i32"))
+    adds = (*x, *add, ("new_sums", "*fp32"), *_COUNT)
+    return {
+        "qkv": (*normed, *_attention_arguments(dtype)),
+        "out": adds,
+        "gate_up": (*normed, ("y", dtype), *_COUNT),
+        "down": adds,
+        "head": (
+            ("w", "map"),
+            ("x", dtype),
+            ("logits", "*fp32"),
+            ("best", "*fp32"),
+            ("epoch", "*i32"),
+            *_COUNT,
         ),
-    )
+    }
 
 
 def _shapes(config: EngineConfig) -> _Shapes:

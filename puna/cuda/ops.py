@@ -37,7 +37,7 @@ class CudaOps:
 
     `deterministic`: a row's result depends on nothing but the row (products and attention in one
     fixed order, whatever the batch). `fused` are kernels for a few tokens, where the target has
-    some.
+    some: each for up to so many tokens and for more than the one before it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CudaOps:
         choices: Choices,
         *,
         deterministic: bool = False,
-        fused: FusedOps | None = None,
+        fused: tuple[tuple[int, FusedOps], ...] = (),
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
         self._kernels = kernels
@@ -60,7 +60,7 @@ class CudaOps:
         self._is_deterministic = deterministic
         self._fused = fused
         self._state = "idle"
-        self._is_head_fused = False  # of what is being recorded
+        self._fused_head: FusedOps | None = None  # of what is being recorded
         self._is_behind_a_kernel = False  # of this backend's own
         self._known_products: set[tuple[int, int, int]] = set()
 
@@ -241,7 +241,7 @@ class CudaOps:
     ) -> None:
         (matrix,) = linear.weights
         fused = self._fused_for("head", x) if len(rows_L) <= len(x.residual_TD) else None
-        self._is_head_fused = fused is not None
+        self._fused_head = fused
         if fused:
             self._run(partial(fused.head, x, rows_L, norm, matrix.data_NK, logits_LV))
             return
@@ -259,8 +259,8 @@ class CudaOps:
     ) -> None:
         """out_tokens[l] = last_tokens[rows[l]] = the largest of logits[l], the lowest id where
         several are; rows below 0 write no last token."""
-        if self._is_head_fused and self._fused:
-            sample = self._fused.sample_greedy
+        if self._fused_head:
+            sample = self._fused_head.sample_greedy
             self._run(partial(sample, rows_L, last_tokens_R, out_tokens_L))
             return
         num_rows, vocab = logits_LV.shape
@@ -289,19 +289,20 @@ class CudaOps:
         a product, or `partial`."""
         if not self._is_direct(x):
             return "_partial", x.partial_TD
-        if not self._has_fused(x) and self._leaves_parts("o", len(x.residual_TD)):
+        if self._few(x) is None and self._leaves_parts("o", len(x.residual_TD)):
             return "_parts", self._arrays["product_parts"]
         return "", x.partial_TD
 
-    def _has_fused(self, x: Stream) -> bool:
-        """Whether operations on this stream may be the target's fused ones."""
-        is_few = len(x.residual_TD) <= self._choices.fused_tokens
-        return self._fused is not None and is_few and not self._is_deterministic
+    def _few(self, x: Stream) -> FusedOps | None:
+        """The target's fused operations for a stream of so many rows."""
+        if self._is_deterministic:
+            return None
+        num_tokens = len(x.residual_TD)
+        return next((fused for most, fused in self._fused if num_tokens <= most), None)
 
     def _fused_for(self, operation: str, x: Stream) -> FusedOps | None:
-        if self._fused is None or operation not in self._fused.operations:
-            return None
-        return self._fused if self._has_fused(x) else None
+        fused = self._few(x)
+        return fused if fused and operation in fused.operations else None
 
     def _run(self, fused: Callable[[], None]) -> None:
         if self._is_recording():
@@ -309,8 +310,8 @@ class CudaOps:
             self._is_behind_a_kernel = False  # of this file's: how that one waits is not known
 
     def _finish_fused(self) -> None:
-        if self._fused:
-            self._fused.finish()
+        for _, fused in self._fused:
+            fused.finish()
 
     def _scratch(self, name: str, x: Stream) -> Tensor:
         return self._arrays[name][: len(x.residual_TD)]

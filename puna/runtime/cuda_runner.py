@@ -20,11 +20,10 @@ import numpy as np
 import torch
 
 from puna.batch import ForwardBatch
-from puna.cuda.choices import choices_for
+from puna.cuda.choices import Choices
 from puna.cuda.draw import can_draw, draw_tokens
 from puna.cuda.driver import Driver
-from puna.cuda.fused import FusedDecode
-from puna.cuda.fused_plan import fused_rows, fused_shapes
+from puna.cuda.few import fused_ops
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library, read_kernels
 from puna.cuda.ops import CudaOps
@@ -343,9 +342,6 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
         lambda: torch.cuda.current_stream().cuda_stream,
     )
 
-    def make_fused(arrays: dict[str, Tensor]) -> FusedDecode:
-        return FusedDecode(fused_shapes(config), library, driver, arrays, num_ctas)
-
     def make_ops(arrays: dict[str, Tensor]) -> CudaOps:
         return CudaOps(
             config,
@@ -353,9 +349,9 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             library,
             arrays,
             GraphRecorder(),
-            choices_for(fused_rows(config)),
+            Choices(),
             deterministic=opening.deterministic,
-            fused=make_fused(arrays) if fused_rows(config) else None,
+            fused=fused_ops(config, library, driver, arrays, num_ctas),
         )
 
     try:

@@ -31,7 +31,7 @@ SPEC = ModelSpec(
     max_position_embeddings=512,
     attention_bias=True,
 )
-CHOICES = Choices(direct_tokens=20, fused_tokens=4)
+CHOICES = Choices(direct_tokens=20)
 
 
 class NamedKernels:
@@ -118,7 +118,7 @@ def launched(
         Once(),
         CHOICES,
         deterministic=deterministic,
-        fused=Fused(kernels, *fused) if fused else None,
+        fused=((4, Fused(kernels, *fused)),) if fused else (),
     )
     act = Activations(*(arrays[k] for k in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
     num_seqs = num_tokens if is_decode else 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,13 @@ from cuda_configs import cuda_config
 from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
 from puna.cuda.driver import TensorMap
-from puna.cuda.fused import FusedDecode
+from puna.cuda.few import fused_ops
 from puna.cuda.fused_plan import (
     CACHE_BOX,
     fused_rows,
     fused_shapes,
     num_stages,
     shared_bytes,
-    tile_rows,
     weight_box,
 )
 from puna.cuda.kernel_table import cuda_sources
@@ -38,8 +36,9 @@ SMALL = ModelSpec(2048, 2048, 2, 32, 8, 64, 1001, 512)
 
 
 def test_which_engines_have_them() -> None:
-    assert fused_rows(cuda_config(SMALL)) == (1, 8)
-    assert fused_rows(cuda_config(SMALL, max_batch_size=4)) == (1,)
+    assert fused_rows(cuda_config(SMALL, max_batch_size=9)) == (1, 8, 16)
+    assert fused_rows(cuda_config(SMALL, max_batch_size=4)) == (1, 8)
+    assert fused_rows(cuda_config(SMALL, max_batch_size=1)) == (1,)
     assert fused_rows(cuda_config(SMALL, target="sm_80")) == ()
     for changed in (
         replace(SMALL, hidden_size=1792),
@@ -54,8 +53,8 @@ def test_which_engines_have_them() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_block_of_threads_fits_on_a_multiprocessor(preset: str) -> None:
     """More than half of its 228 KB, of which each takes another KB; and no more than one may."""
-    config = cuda_config(parse_preset(preset))
-    assert fused_rows(config) == (1, 8)
+    config = cuda_config(parse_preset(preset), max_batch_size=16)
+    assert fused_rows(config) == (1, 8, 16)
     for rows in fused_rows(config):
         for kernel in KERNELS:
             num_bytes = shared_bytes(fused_shapes(config), kernel, rows)
@@ -64,19 +63,18 @@ def test_one_block_of_threads_fits_on_a_multiprocessor(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("rows", [1, 8])
-def test_boxes_of_all_tiles_are_the_matrix(preset: str, rows: int) -> None:
+def test_boxes_of_all_tiles_are_the_matrix(preset: str) -> None:
     """Each row once; and the rows of a tile are those that its finish takes for neighbours."""
     shapes = fused_shapes(cuda_config(parse_preset(preset)))
     all_rows = shapes.q_size + 2 * shapes.num_kv_heads * shapes.head_dim
-    half, tile = shapes.head_dim // 2, tile_rows(rows)
+    half = shapes.head_dim // 2
     for kernel, num_rows, apart in (
         ("qkv", all_rows, half),
         ("gate_up", 2 * shapes.ffn, shapes.ffn),
-        ("out", shapes.hidden, 8 if rows == 1 else 1),
-        ("down", shapes.hidden, 8 if rows == 1 else 1),
+        ("out", shapes.hidden, 8),
+        ("down", shapes.hidden, 8),
     ):
-        dims, box = weight_box(shapes, kernel, num_rows, tile)
+        dims, box = weight_box(shapes, kernel, num_rows)
         assert dims[0] == shapes.num_cols(kernel) and dims[1] * dims[2] == num_rows
         assert dims[0] % box[0] == dims[1] % box[1] == dims[2] % box[2] == 0
         seen = np.zeros(num_rows, int)
@@ -84,10 +82,8 @@ def test_boxes_of_all_tiles_are_the_matrix(preset: str, rows: int) -> None:
             for y in range(0, dims[1], box[1]):
                 rows = [(z + j) * dims[1] + y + i for j in range(box[2]) for i in range(box[1])]
                 seen[rows] += 1
-                assert len(rows) == tile
-                in_halves = zip(rows[: tile // 2], rows[tile // 2 :], strict=True)
-                pairs = in_halves if box[2] == 2 or tile == 16 else pairwise(rows)
-                assert all(b - a == apart for a, b in pairs)
+                assert len(rows) == 16
+                assert all(b - a == apart for a, b in zip(rows[:8], rows[8:], strict=True))
         assert (seen == 1).all(), kernel
 
 
@@ -115,7 +111,8 @@ def record(
     specs = cuda_specs(config, 0)
     arrays = {k: torch.zeros(v, dtype=kinds.get(d, dtype)) for k, (d, v) in specs.items()}
     arrays["rope_cos_PE"] = arrays["rope_sin_PE"] = torch.zeros(8, spec.head_dim // 2)
-    fused = FusedDecode(fused_shapes(config), launches, launches, arrays, 132)
+    all_ops = fused_ops(config, launches, launches, arrays, 133)
+    fused = next(ops for most, ops in all_ops if num_tokens <= most)
     x = Stream(torch.zeros(num_tokens, spec.hidden_size), torch.zeros(0))
     norm = Norm(torch.ones(spec.hidden_size), 1e-5)
     rope = RopeTable(arrays["rope_cos_PE"], arrays["rope_sin_PE"])
@@ -141,25 +138,30 @@ def record(
         fused.down(act, down, None, x)
     fused.head(x, ints, norm, head, logits)
     fused.sample_greedy(ints, arrays["last_tokens_R"], ints)
+    fused.finish()
     return {**arrays, "qkv": qkv, "keys": keys, "table": table, "logits": logits}
 
 
-@pytest.mark.parametrize(("num_tokens", "variant"), [(1, 1), (2, 8), (8, 8)])
+@pytest.mark.parametrize(("num_tokens", "variant"), [(1, 1), (2, 8), (8, 8), (9, 16), (16, 16)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_launches_fit_the_kernels(num_tokens: int, variant: int, dtype: Any) -> None:
-    config, launches = cuda_config(SMALL, dtype), Launches()
+    config, launches = cuda_config(SMALL, dtype, max_batch_size=16), Launches()
     record(config, num_tokens, launches)
     table = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
     names = [name for name, *_ in launches.launched]
-    assert names == [f"{name}_{variant}" for name in (*KERNELS, "pick")]
+    *layer, head = KERNELS
+    kernels = [*layer, head] if num_tokens == 1 else ["enter", *layer, "enter", head]
+    assert names == [f"{name}_{variant}" for name in (*kernels, "pick")]
+    num_ctas = 133 if num_tokens == 1 else 132  # pairs of them share tiles
     sizes = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*i32": 4}
     for name, grid, arguments, overlaps in launches.launched:
-        assert overlaps and grid == ((num_tokens if "pick" in name else 132), 1, 1)
+        is_by_row = name.startswith(("pick", "enter"))
+        assert overlaps and grid == (num_tokens if is_by_row else num_ctas, 1, 1)
         for value, (argument, kind) in zip(arguments, table[name].arguments, strict=True):
             if kind == "map":
                 assert isinstance(value, TensorMap), (name, argument)
-            elif kind == "i32":
-                assert isinstance(value, int), (name, argument)
+            elif isinstance(value, int):
+                assert kind == "i32" or (argument, value) in (("gamma", 0), ("rows", 0)), name
             else:
                 assert value.element_size() == sizes[kind], (name, argument)
                 assert value.is_floating_point() == (kind != "*i32"), (name, argument)
@@ -169,7 +171,7 @@ def test_arguments_are_where_the_kernel_looks() -> None:
     config, launches = cuda_config(SMALL), Launches()
     arrays = record(config, 3, launches)
     kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
-    _, _, arguments, _ = launches.launched[0]
+    (arguments,) = (it[2] for it in launches.launched if it[0] == "qkv_8")
     given = dict(zip((name for name, _ in kernels["qkv_8"].arguments), arguments, strict=True))
     assert given["w"].address == arrays["qkv"].data_ptr()
     assert given["block_table"] is arrays["table"] and given["table_stride"] == 9
@@ -190,3 +192,33 @@ def test_layers_of_a_step_have_different_tags() -> None:
     at = [name for name, _ in kernels["qkv_1"].arguments].index("layer")
     layers = [arguments[at] for name, _, arguments, _ in launches.launched if name == "qkv_1"]
     assert len(set(layers)) == 80 and all(0 <= layer < 1024 for layer in layers)
+
+
+def test_norms_of_several_tokens() -> None:
+    """Whoever writes the residual also writes the next product's input, for the norm in front of
+    it; before the first product and before the head, which picks rows, `enter` does."""
+    config, launches = cuda_config(SMALL), Launches()
+    arrays = record(config, 3, launches, num_layers=2)
+    kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
+    said: list[tuple[str, Any]] = []
+    for name, _, arguments, _ in launches.launched:
+        names = [argument for argument, _ in kernels[name].arguments]
+        given = dict(zip(names, arguments, strict=True))
+        kernel = name.removesuffix("_8")
+        if "is_finished" in given:
+            said.append((kernel, given["is_finished"]))
+            assert given["x"] is arrays["fused_next"] and given["sums"] is arrays["fused_sums"]
+        elif "next" in given:
+            said.append((kernel, isinstance(given["gamma"], torch.Tensor)))
+            assert given["next"] is arrays["fused_next"]
+    layer = [("out", True), ("gate_up", 0)]
+    assert said == [
+        ("enter", True),
+        ("qkv", 1),
+        *layer,
+        ("down", True),
+        ("qkv", 0),
+        *layer,
+        ("down", False),
+        ("enter", True),
+    ]

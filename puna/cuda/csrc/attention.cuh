@@ -3,7 +3,7 @@
 #pragma once
 #include "stream.cuh"
 
-constexpr int TOKENS = 16;                          // of a stage of keys or values
+constexpr int TOKENS = 32;                          // of a stage of keys or values
 // A stage of keys or values: the dimensions in stretches of 64, each [TOKENS][64]; the 16-byte pieces of a row are swizzled by
 // the row, so that neither a row's nor a column's accesses meet in a bank.
 constexpr int KV_STAGE = TOKENS * HEAD_DIM * 2;
@@ -180,7 +180,7 @@ struct Fresh {
 
 // A warp's softmax over its stretches of a task: for row g (a query head) the largest score, the sum, the weighted values.
 struct Softmax {
-  static constexpr int UNITS = HEAD_DIM / UNIT, TILES = HEAD_DIM / 8;
+  static constexpr int UNITS = HEAD_DIM / UNIT, TILES = HEAD_DIM / 8, EIGHTS = TOKENS / 8;
   float o[TILES][2] = {}, m = -INFINITY_F, l = 0;
   // `keys` and `values` lie in the ring; `refill` is called as each has been read.
   template <class R, class Refill>
@@ -192,11 +192,11 @@ struct Softmax {
       if (has_new) sts128(stage + kv_piece(pos, lane), fresh.key);
       __syncwarp();
     }
-    float s[2][2] = {};     // tokens 2t and 2t + 1, of either eight
+    float s[EIGHTS][2] = {};      // tokens 2t and 2t + 1 of each eight
 #pragma unroll
     for (int u = 0; u < UNITS; ++u)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < EIGHTS; ++n) {
         const uint4 k = lds128(stage + kv_piece(n * 8 + g, u / 2 * 8 + t * 2 + u % 2));
         mma(s[n], fresh.q[u][0], fresh.q[u][1], k.x, k.y);
         mma(s[n], fresh.q[u][2], fresh.q[u][3], k.z, k.w);
@@ -208,7 +208,7 @@ struct Softmax {
     constexpr float scale = 1.4426950408889634f / (HEAD_DIM == 64 ? 8.f : 11.313708498984761f);  // log2(e) / sqrt(HEAD_DIM)
     float top = m;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < EIGHTS; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         s[n][j] = at + n * 8 + 2 * t + j < end ? s[n][j] * scale : -INFINITY_F;
@@ -220,7 +220,7 @@ struct Softmax {
     m = top;
     float sum = 0;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < EIGHTS; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         s[n][j] = exp2f(s[n][j] - m);
@@ -231,21 +231,24 @@ struct Softmax {
     l = l * r + sum;
 #pragma unroll
     for (int d = 0; d < TILES; ++d) { o[d][0] *= r; o[d][1] *= r; }
-    const u32 a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[1][0], s[1][1]);
     stage = ring.wait();
     if (is_last) {          // zeros after the last token: whatever lies there must not become a NaN
-      if (lane < HEAD_DIM / 8) {
-        if (has_new) sts128(stage + kv_piece(pos, lane), fresh.value);
-        for (int j = pos + 1; j < TOKENS; ++j) sts128(stage + kv_piece(j, lane), make_uint4(0, 0, 0, 0));
-      }
+      constexpr int PIECES = HEAD_DIM / 8;
+      if (has_new) sts128(stage + kv_piece(pos, lane), fresh.value);
+      for (int j = pos + 1 + lane / PIECES; j < TOKENS; j += 32 / PIECES)
+        sts128(stage + kv_piece(j, lane % PIECES), make_uint4(0, 0, 0, 0));
       __syncwarp();
     }
 #pragma unroll
-    for (int d = 0; d < TILES; d += 2) {
-      u32 b[4];             // tokens 0 to 7 and 8 to 15, of eight dimensions and of the next eight
-      ldmatrix_t(b, stage + kv_piece(lane & 15, d + (lane >> 4)));
-      mma(o[d], a0, a1, b[0], b[1]);
-      mma(o[d + 1], a0, a1, b[2], b[3]);
+    for (int n = 0; n < EIGHTS; n += 2) {
+      const u32 a0 = pack2(s[n][0], s[n][1]), a1 = pack2(s[n + 1][0], s[n + 1][1]);
+#pragma unroll
+      for (int d = 0; d < TILES; d += 2) {
+        u32 b[4];           // the eight tokens and the next eight, of eight dimensions and of the next eight
+        ldmatrix_t(b, stage + kv_piece(n * 8 + (lane & 15), d + (lane >> 4)));
+        mma(o[d], a0, a1, b[0], b[1]);
+        mma(o[d + 1], a0, a1, b[2], b[3]);
+      }
     }
     if (is_last) async_fence();
     __syncwarp();
@@ -278,26 +281,31 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
       }
     }
     team.sync();
+    // A thread has two dimensions of a head.
+    constexpr int PAIRS = HEAD_DIM / 2, PART = HEAD_DIM + 2;
     const size_t seq_head = (size_t)task.seq * KV_HEADS + task.kv;
-    float* part = p.part + seq_head * MAX_SPLITS * GROUP * (HEAD_DIM + 1);
-    u16* attended = p.attended + (size_t)task.seq * Q_SIZE + task.kv * GROUP * HEAD_DIM;
-    for (int i = tid; i < GROUP * HEAD_DIM; i += num_threads) {
-      const int h = i / HEAD_DIM, d = i % HEAD_DIM;
-      float m = -INFINITY_F, sum = 0, v = 0;
+    float* part = p.part + seq_head * MAX_SPLITS * GROUP * PART;
+    u32* attended = reinterpret_cast<u32*>(p.attended + (size_t)task.seq * Q_SIZE + task.kv * GROUP * HEAD_DIM);
+    for (int i = tid; i < GROUP * PAIRS; i += num_threads) {
+      const int h = i / PAIRS, d = i % PAIRS * 2;
+      float m = -INFINITY_F, sum = 0;
+      float2 v = make_float2(0, 0);
 #pragma unroll
-      for (int j = 0; j < PARTIES; ++j) m = fmaxf(m, merge[(j * GROUP + h) * (HEAD_DIM + 2) + HEAD_DIM]);
+      for (int j = 0; j < PARTIES; ++j) m = fmaxf(m, merge[(j * GROUP + h) * PART + HEAD_DIM]);
 #pragma unroll
       for (int j = 0; j < PARTIES; ++j) {
-        const float* from = merge + (j * GROUP + h) * (HEAD_DIM + 2);
+        const float* from = merge + (j * GROUP + h) * PART;
         const float f = exp2f(from[HEAD_DIM] - m);
+        const float2 o = *reinterpret_cast<const float2*>(from + d);
         sum += f * from[HEAD_DIM + 1];
-        v += f * from[d];
+        v.x += f * o.x;
+        v.y += f * o.y;
       }
       if (task.num_splits == 1) {
-        attended[i] = pack1(v / sum);
+        attended[i] = pack2(v.x / sum, v.y / sum);
       } else {
-        float* to = part + (size_t)(task.split * GROUP + h) * (HEAD_DIM + 1);
-        __stcg(to + d, v / sum);
+        float* to = part + (size_t)(task.split * GROUP + h) * PART;
+        __stcg(reinterpret_cast<float2*>(to + d), make_float2(v.x / sum, v.y / sum));
         if (d == 0) __stcg(to + HEAD_DIM, m + log2f(sum));
       }
     }
@@ -309,17 +317,27 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     team.sync();
     if (*word != task.num_splits - 1) continue;
     __threadfence();
-    for (int i = tid; i < GROUP * HEAD_DIM; i += num_threads) {
-      const float* from = part + (size_t)(i / HEAD_DIM) * (HEAD_DIM + 1);
-      constexpr int STEP = GROUP * (HEAD_DIM + 1);
-      float m = -INFINITY_F, sum = 0, v = 0;
-      for (int j = 0; j < task.num_splits; ++j) m = fmaxf(m, __ldcg(from + j * STEP + HEAD_DIM));
-      for (int j = 0; j < task.num_splits; ++j) {
-        const float f = exp2f(__ldcg(from + j * STEP + HEAD_DIM) - m);
-        sum += f;
-        v += f * __ldcg(from + j * STEP + i % HEAD_DIM);
+    for (int i = tid; i < GROUP * PAIRS; i += num_threads) {
+      const float* from = part + (size_t)(i / PAIRS) * PART;
+      constexpr int STEP = GROUP * PART;
+      float scores[MAX_SPLITS], m = -INFINITY_F, sum = 0;       // all loads at once
+      float2 values[MAX_SPLITS], v = make_float2(0, 0);
+#pragma unroll
+      for (int j = 0; j < MAX_SPLITS; ++j) {
+        const bool is_there = j < task.num_splits;
+        scores[j] = is_there ? __ldcg(from + j * STEP + HEAD_DIM) : -INFINITY_F;
+        values[j] = is_there ? __ldcg(reinterpret_cast<const float2*>(from + j * STEP + i % PAIRS * 2)) : make_float2(0, 0);
       }
-      attended[i] = pack1(v / sum);
+#pragma unroll
+      for (int j = 0; j < MAX_SPLITS; ++j) m = fmaxf(m, scores[j]);
+#pragma unroll
+      for (int j = 0; j < MAX_SPLITS; ++j) {
+        const float f = exp2f(scores[j] - m);
+        sum += f;
+        v.x += f * values[j].x;
+        v.y += f * values[j].y;
+      }
+      attended[i] = pack2(v.x / sum, v.y / sum);
     }
     if (tid == 0) p.split_count[seq_head] = 0;
   }

@@ -1,14 +1,15 @@
-// A decode step of a LLaMA layer on Hopper (sm_90a) in four launches: qkv (norm, projection, RoPE, KV append, attention over
-// the paged cache), out (+ residual), gate_up (norm, SiLU), down (+ residual); then head (norm, logits, each CTA's best tokens)
-// and pick. For up to ROWS tokens, each of a sequence of its own.
+// A decode step of a LLaMA layer for one token on Hopper (sm_90a) in four launches: qkv (norm, projection, RoPE, KV append,
+// attention over the paged cache), out (+ residual), gate_up (norm, SiLU), down (+ residual); then head (norm, logits, each CTA's
+// best token) and pick.
 //
-// One scheme for all. A CTA an SM, eight warps. Weights are rows of a matrix [Np, K]; a CTA owns consecutive tiles of TILE
+// One scheme for all. A CTA an SM, eight warps. Weights are rows of a matrix [Np, K]; a CTA owns consecutive tiles of sixteen
 // rows, and warp w about an eighth of their columns, in chunks of 256. It streams them through a ring of its own in shared memory
-// (a chunk of all of a tile's rows is one copy, one stage, one barrier), so that in the main loop no warp waits for another. Products are mma.m16n8k16:
-// eight rows of weights are the columns and the tokens the rows, or, for one token, sixteen rows of weights the rows. A warp's sums of a tile go to shared memory; the warps take turns to add up the
-// eight parts, in order, and to finish the tile. So the order of a row's sum depends on nothing else.
+// (a chunk of all of a tile's rows is one copy, one stage, one barrier), so that in the main loop no warp waits for another.
+// Products are mma.m16n8k16: the weights of a tile are the rows and the token is one of the eight columns. A warp's sums of a tile
+// go to shared memory; the warps take turns to add up the eight parts, in order, and to finish the tile. So the order of a row's
+// sum depends on nothing else.
 //
-// Which columns of a fragment are "k" is free as long as tokens and weights agree: a lane takes eight neighbouring columns
+// Which columns of a fragment are "k" is free as long as token and weights agree: a lane takes eight neighbouring columns of a row
 // with one 16-byte load and feeds two products with them.
 //
 // Programmatic dependent launch: weights do not depend on the kernels before, so rings are filled before grid_wait. Every
@@ -16,93 +17,77 @@
 // none on another, to which smaller footprints led now and then, cost 5 to 30 %; two kernels resident together, one streaming
 // while the next one's rings are full, were no faster (H100, 2026-11-25).
 //
-// Defined by who compiles it: BF16 (0, 1), HIDDEN, HEADS, KV_HEADS, HEAD_DIM (64, 128), FFN, VOCAB, KV_BLOCK, EPS, ROWS (1, 8),
-// ATTENTION_BIAS, MLP_BIAS (0, 1), STAGES_<kernel>, SHARED_<kernel>: bytes of dynamic shared memory, which puna.cuda.fused_plan works out.
+// Defined by who compiles it: BF16 (0, 1), HIDDEN, HEADS, KV_HEADS, HEAD_DIM (64, 128), FFN, VOCAB, KV_BLOCK, EPS, ROWS (1),
+// ATTENTION_BIAS, MLP_BIAS (0, 1), STAGES_<kernel>, SHARED_<kernel>: bytes of dynamic shared memory, which puna.cuda.fused_plan
+// works out.
 #include "attention.cuh"
+#include "best.cuh"
 #include "input.cuh"
 
-// What a tile becomes. A lane has the sums a and b of pair i of the tile's rows for token g: of one token lane 4i, of more lane
-// (g, i). `load` is called before the sums are there, for what will be needed then.
+constexpr int NBUF = 2 * NW;                        // tiles whose parts may be under way
+
+// Shared memory of a kernel: rings, [input | parts of tiles] or [attention of the warps], barriers, a few words.
+template <int MODE, int K>
+struct Shared {
+  static constexpr int STAGES = num_stages(MODE), RINGS = NW * STAGES * STAGE;
+  static constexpr int INPUT = K * 2, PARTS = NBUF * NW * TILE * 4;
+  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
+  static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
+  static constexpr int TOTAL = RINGS + WORK + (NW * STAGES + NBUF) * 8 + (NW + 8) * 4;
+};
+
+// What a tile becomes. Lane 4i has the sums a and b of the rows of pair i. `load` is called before the sums are there, for what
+// will be needed then.
 template <int MODE>
 struct Finish {
   float2 residual, rotation;
   int row, head, slot;
-  __device__ __forceinline__ void load(const Args& p, int tile, int g, int i) {
+  __device__ __forceinline__ void load(const Args& p, int tile, int i) {
     row = first_of<MODE>(tile, i);
-    if (MODE == OUT || MODE == DOWN) {
-      const float* h = p.h + (size_t)g * HIDDEN + row;
-      if (ROWS == 1) residual = make_float2(__ldcg(h), __ldcg(h + PARTNER<MODE>));
-      else residual = __ldcg(reinterpret_cast<const float2*>(h));
-    }
+    if (MODE == OUT || MODE == DOWN) residual = make_float2(__ldcg(p.h + row), __ldcg(p.h + row + PARTNER<MODE>));
     if (MODE == QKV) {
       head = tile / TILES_A_HEAD;
       rotation = make_float2(1, 0);
       if (head < HEADS + KV_HEADS) {
-        const int at = __ldg(p.positions + g) * (HEAD_DIM / 2) + row % HEAD_DIM;
+        const int at = __ldg(p.positions) * (HEAD_DIM / 2) + row % HEAD_DIM;
         rotation = make_float2(__ldg(p.cos + at), __ldg(p.sin + at));
       }
-      slot = __ldg(p.slots + g);
+      slot = __ldg(p.slots);
     }
   }
-  __device__ __forceinline__ void store(const Args& p, float a, float b, int g, u32 tag, float2& best) {
+  __device__ __forceinline__ void store(const Args& p, float a, float b, u32 tag, float2& best) {
+    const int other = row + PARTNER<MODE>;
     if (MODE == QKV || MODE == OUT ? ATTENTION_BIAS : MODE != HEAD && MLP_BIAS) {
       a += __ldg(p.bias + row);
-      b += __ldg(p.bias + row + PARTNER<MODE>);
+      b += __ldg(p.bias + other);
     }
     if (MODE == QKV) {
-      const int d = row % HEAD_DIM;
-      const float rotated = a * rotation.x - b * rotation.y;
-      b = b * rotation.x + a * rotation.y;
-      a = rotated;
-      if (head >= HEADS) {
-        u16* to = (head < HEADS + KV_HEADS ? p.keys : p.values) +
-                  (((size_t)(slot / KV_BLOCK) * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + d;
-        a = clipped(a);
-        b = clipped(b);
-        to[0] = pack1(a);
-        to[HEAD_DIM / 2] = pack1(b);
-      }
-      st_tagged(p.fresh + ((size_t)g * ALL_HEADS + head) * (HEAD_DIM / 2) + d, pack2(a, b), tag);
+      rotate_and_append(p, a, b, rotation, head, row % HEAD_DIM, slot, 0, tag);
     } else if (MODE == OUT || MODE == DOWN) {
-      float* h = p.h + (size_t)g * HIDDEN + row;
-      if (ROWS == 1) {
-        __stcg(h, residual.x + a);
-        __stcg(h + PARTNER<MODE>, residual.y + b);
-      } else {
-        __stcg(reinterpret_cast<float2*>(h), make_float2(residual.x + a, residual.y + b));
-      }
+      __stcg(p.h + row, residual.x + a);
+      __stcg(p.h + other, residual.y + b);
     } else if (MODE == GATE_UP) {
-      p.y[(size_t)g * FFN + row] = pack1(a / (1.f + __expf(-a)) * b);
+      p.y[row] = pack1(silu(a) * b);
     } else {
-      float* to = p.logits + (size_t)g * VOCAB;
-      const int other = row + PARTNER<MODE>;
-      if (row < VOCAB) to[row] = a;
-      if (other < VOCAB) to[other] = b;
+      if (row < VOCAB) p.logits[row] = a;
+      if (other < VOCAB) p.logits[other] = b;
       if (row < VOCAB && a > best.x) best = make_float2(a, __int_as_float(row));
       if (other < VOCAB && b > best.x) best = make_float2(b, __int_as_float(other));
     }
   }
 };
 
-// The CTA's best token of each row; of equals the lowest. `each` [NW][ROWS].
-__device__ __forceinline__ bool is_better(float2 a, float2 b) {
-  return a.x > b.x || (a.x == b.x && __float_as_int(a.y) < __float_as_int(b.y));
-}
+// The CTA's best token. `each` [NW].
 __device__ __forceinline__ void store_best(const Args& p, float2 best, float2* each) {
-  const int tid = threadIdx.x, warp = tid >> 5, g = tid % 32 >> 2, t = tid & 3;
-#pragma unroll
-  for (int o = ROWS == 1 ? 4 : 1; o < (ROWS == 1 ? 32 : 4); o <<= 1) {      // lanes of the same token
-    const float2 other = make_float2(__shfl_xor_sync(~0u, best.x, o), __shfl_xor_sync(~0u, best.y, o));
-    if (is_better(other, best)) best = other;
-  }
+  const int tid = threadIdx.x;
+  best = better_of_lanes(best, 4, 32);
   __syncthreads();
-  if (t == 0 && g < ROWS) each[warp * ROWS + g] = best;
+  if (tid % 32 == 0) each[tid / 32] = best;
   __syncthreads();
-  if (tid >= ROWS) return;
-  best = each[tid];
+  if (tid) return;
   for (int j = 1; j < NW; ++j)
-    if (is_better(each[j * ROWS + tid], best)) best = each[j * ROWS + tid];
-  p.best[blockIdx.x * ROWS + tid] = best;
+    if (is_better(each[j], best)) best = each[j];
+  p.best[blockIdx.x] = best;
 }
 
 template <int MODE, int K>
@@ -113,7 +98,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   unsigned char* input = shared + Layout::RINGS;
-  float* parts = reinterpret_cast<float*>(input + Layout::INPUT);       // [NBUF][NW][ROWS][TILE]
+  float* parts = reinterpret_cast<float*>(input + Layout::INPUT);       // [NBUF][NW][TILE / 2] pairs
   u64* bars = reinterpret_cast<u64*>(input + Layout::WORK);
   float* words = reinterpret_cast<float*>(bars + NW * STAGES + NBUF);
   Ring<STAGES> ring{smem32(shared + warp * STAGES * STAGE), smem32(bars + warp * STAGES)};
@@ -124,7 +109,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   const int first = (int)((long long)TILES * blockIdx.x / gridDim.x), last = (int)((long long)TILES * (blockIdx.x + 1) / gridDim.x);
   const u64 policy = evict_first();
   Weights<MODE, K> weights;
-  weights.start(first, last, warp);
+  weights.start(first, last, warp, 0);
   CachedTokens cached;
   auto refill = [&]() {
     if (weights.left) weights.request(map, ring, lane, policy);
@@ -143,63 +128,50 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     cached.prefetch(p, lane);
     for (; num_requested < STAGES && cached.more; ++num_requested) cached.request(p, ring, lane, policy);
   }
-
-  Fragments<NORM, MODE == HEAD, K> fragments;
-  if constexpr (ROWS == 1) load_row<NORM, MODE == HEAD, K>(p, input, words);
-  else fragments.load(p, input, parts, words, warp, lane);
-  if (ROWS == 1 || NORM) __syncthreads();     // a warp's fragments are its own
+  load_row<NORM, MODE == HEAD, K>(p, input, words);
+  __syncthreads();
 
   // Parts of tile i lie in buffer i % NBUF; warp i % NW finishes it. A warp that writes to buffer i % NBUF again has finished one
   // of the tiles from i + NW on, for which every warp had come so far: tile i was finished, its buffer is free.
   const u32 tag = MODE == QKV ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
-  const int token = ROWS == 1 ? 0 : g, pair = ROWS == 1 ? g : t;
-  const bool has_pair = ROWS == 1 ? t == 0 : g < p.num_rows;
   float2 best = make_float2(-INFINITY_F, 0);
   for (int i = 0, tile = first; tile < last; ++i, ++tile) {
     Finish<MODE> finish;
-    if (i % NW == warp && has_pair) finish.load(p, tile, token, pair);
+    if (i % NW == warp && t == 0) finish.load(p, tile, g);
     float c0[4] = {}, c1[4] = {};
 #pragma unroll
     for (int c = 0; c < Slice<K>::MOST; ++c) {
       if (!Slice<K>::IS_EVEN && c == Slice<K>::MOST - 1 && c == weights.num_chunks) break;
-      const u32 stage = ring.wait() + (ROWS == 1 ? g : box_row<MODE>(g)) * ROW_BYTES + t * 16;
-      const u32 row = smem32(input) + Slice<K>::column(warp, c) * 2 + t * 16;
+      const u32 stage = ring.wait() + g * ROW_BYTES + t * 16;
+      const u32 row = smem32(input) + Slice<K>::column(warp, 0, c) * 2 + t * 16;
 #pragma unroll
       for (int u = 0; u < CHUNK / UNIT; ++u) {
-        const uint4 w = lds128(stage + u * UNIT * 2);
-        if constexpr (ROWS == 1) {
-          const uint4 v = lds128(stage + 8 * ROW_BYTES + u * UNIT * 2);
-          uint4 x = make_uint4(0, 0, 0, 0);
-          if (g == 0) x = lds128(row + u * UNIT * 2);
-          mma_column(c0, w.x, v.x, w.y, v.y, x.x, x.y);
-          mma_column(c1, w.z, v.z, w.w, v.w, x.z, x.w);
-        } else {
-          const uint4 x = fragments.get(c * (CHUNK / UNIT) + u);
-          mma(c0, x.x, x.y, w.x, w.y);
-          mma(c1, x.z, x.w, w.z, w.w);
-        }
+        const uint4 w = lds128(stage + u * UNIT * 2), v = lds128(stage + 8 * ROW_BYTES + u * UNIT * 2);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (g == 0) x = lds128(row + u * UNIT * 2);
+        mma16(c0, w.x, v.x, w.y, v.y, x.x, x.y);
+        mma16(c1, w.z, v.z, w.w, v.w, x.z, x.w);
       }
       __syncwarp();
       refill();
       ring.next_out();
     }
-    constexpr int OTHER = ROWS == 1 ? 2 : 1;      // of the pair
-    float* part = parts + i % NBUF * NW * ROWS * TILE + token * TILE + 2 * pair;
-    if (ROWS == 8 || t == 0) *reinterpret_cast<float2*>(part + warp * ROWS * TILE) = make_float2(c0[0] + c1[0], c0[OTHER] + c1[OTHER]);
+    float* part = parts + i % NBUF * NW * TILE + 2 * g;
+    if (t == 0) *reinterpret_cast<float2*>(part + warp * TILE) = make_float2(c0[0] + c1[0], c0[2] + c1[2]);
     __syncwarp();
     const u32 bar = done + i % NBUF * 8;
     if (lane == 0) mbar_arrive(bar);
     if (i % NW != warp) continue;
     mbar_wait(bar, i / NBUF & 1);
-    if (has_pair) {
+    if (t == 0) {
       float a = 0, b = 0;
 #pragma unroll
       for (int j = 0; j < NW; ++j) {
-        const float2 v = *reinterpret_cast<const float2*>(part + j * ROWS * TILE);
+        const float2 v = *reinterpret_cast<const float2*>(part + j * TILE);
         a += v.x;
         b += v.y;
       }
-      finish.store(p, a, b, token, tag, best);
+      finish.store(p, a, b, tag, best);
     }
   }
   if (MODE == QKV) {
@@ -253,25 +225,4 @@ KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, float* h, const 
   Args p{};
   p.h = h; p.gamma = gamma; p.rows = rows; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
   run<HEAD, HIDDEN>(p, w);
-}
-
-// tokens[r] = the best of each CTA's best tokens of row r; it becomes the last token of row rows[r] of the mirror. After a lost
-// signal all tokens are -1.
-extern "C" __global__ void pick(const float2* best, const int* rows, int* last, int* tokens, const int* error, int num_ctas) {
-  grid_wait();
-  const int r = blockIdx.x;
-  float2 mine = make_float2(-INFINITY_F, __int_as_float(0x7fffffff));
-  for (int j = threadIdx.x; j < num_ctas; j += 32) {
-    const float2 other = __ldcg(best + j * ROWS + r);
-    if (is_better(other, mine)) mine = other;
-  }
-#pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    const float2 other = make_float2(__shfl_xor_sync(~0u, mine.x, o), __shfl_xor_sync(~0u, mine.y, o));
-    if (is_better(other, mine)) mine = other;
-  }
-  if (threadIdx.x) return;
-  const int token = __ldcg(error) ? -1 : __float_as_int(mine.y);
-  tokens[r] = token;
-  if (rows[r] >= 0) last[rows[r]] = token;
 }

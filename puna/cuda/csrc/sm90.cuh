@@ -113,15 +113,15 @@ __device__ __forceinline__ u16 pack1(float v) {
 // A number for the cache: float16 after clipping to its range.
 __device__ __forceinline__ float clipped(float v) { return BF16 ? v : fminf(fmaxf(v, -65504.f), 65504.f); }
 // c += a b for rows 0 to 7 of the sixteen: the others are zeros.
-__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma(float (&c)[2], u32 a0, u32 a1, u32 b0, u32 b1) {
   [[maybe_unused]] float none0, none1;
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." DT "." DT
                ".f32 {%0,%1,%2,%3}, {%4,%6,%5,%6}, {%7,%8}, {%0,%1,%9,%9};"
                : "+f"(c[0]), "+f"(c[1]), "=f"(none0), "=f"(none1)
                : "r"(a0), "r"(a1), "r"(0), "r"(b0), "r"(b1), "f"(0.f));
 }
-// c += a b for column 0 of the eight: lanes from 4 on have zeros in b. c is rows g and g + 8, of lanes 4g.
-__device__ __forceinline__ void mma_column(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+// c += a b for sixteen rows and eight columns.
+__device__ __forceinline__ void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." DT "." DT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

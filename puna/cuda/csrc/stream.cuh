@@ -2,17 +2,13 @@
 #pragma once
 #include "sm90.cuh"
 
-// Of one token a product has 16 rows of weights, with the token as one of eight columns; of more it has 8, with the tokens as rows.
-constexpr int TILE = ROWS == 1 ? 16 : 8;
-constexpr int NW = 8, NT = 32 * NW, CHUNK = 256, UNIT = 32;
+constexpr int NW = 8, NT = 32 * NW, TILE = 16, CHUNK = 256, UNIT = 32;
+constexpr int CLUSTER = ROWS == 1 ? 1 : 2;          // CTAs that share a tile's columns
 constexpr int ROW_BYTES = CHUNK * 2, STAGE = TILE * ROW_BYTES;
-constexpr int NBUF = 2 * NW;                        // tiles whose parts may be under way
-constexpr int REGISTER_UNITS = 32;                  // of the input's fragments that a warp keeps in registers; more in shared memory
 constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
 constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
 constexpr int PARTIES = 8;                          // that share a task of attention
 static_assert(HIDDEN % 256 == 0 && Q_SIZE % 256 == 0 && FFN % 256 == 0, "eight warps share the columns in units of 32");
-static_assert(ROWS == 1 || HIDDEN <= 8192, "a norm's weights fit where the parts of tiles will be");
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
 
 enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
@@ -27,7 +23,13 @@ struct Args {
   float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
   int* epoch;               // counts steps; HEAD adds 1
   int num_rows;
-  const int* rows;          // HEAD: [ROWS] rows of h
+  const int* rows;          // HEAD of one row: [1] row of h
+  // Of more rows than one. A norm's factor is not in its input: round(h gamma SCALE), with the sums of h's squares in `sums`,
+  // [gridDim.x, ROWS]; or it is, and `is_finished`.
+  const float* sums;
+  int is_finished;
+  u16* next;                // OUT, DOWN: the next product's input [ROWS, HIDDEN], and the sums that go with it
+  float* new_sums;
   // QKV only
   u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
   const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
@@ -36,7 +38,7 @@ struct Args {
   const int* seq_lens;      // [ROWS]; 0: no sequence
   const int* block_table;   // [ROWS, table_stride]
   u16* attended;            // [ROWS, Q_SIZE]
-  float* part;              // [ROWS, KV_HEADS, MAX_SPLITS, GROUP, HEAD_DIM + 1]
+  float* part;              // [ROWS, KV_HEADS, MAX_SPLITS, GROUP, HEAD_DIM + 2]
   uint2* fresh;             // [ROWS, ALL_HEADS, HEAD_DIM / 2]: a number of either half of a head, and a tag
   int* split_count;         // [ROWS, KV_HEADS]; 0 between launches
   int* error;
@@ -48,10 +50,10 @@ template <int MODE>
 __device__ __forceinline__ int first_of(int tile, int i) {
   if (MODE == QKV) return tile / TILES_A_HEAD * HEAD_DIM + tile % TILES_A_HEAD * (TILE / 2) + i;
   if (MODE == GATE_UP) return tile * (TILE / 2) + i;
-  return tile * TILE + (ROWS == 1 ? i : 2 * i);
+  return tile * TILE + i;
 }
 template <int MODE>
-__device__ constexpr int PARTNER = MODE == QKV ? HEAD_DIM / 2 : MODE == GATE_UP ? FFN : ROWS == 1 ? TILE / 2 : 1;
+__device__ constexpr int PARTNER = MODE == QKV ? HEAD_DIM / 2 : MODE == GATE_UP ? FFN : TILE / 2;
 // The same tile as a box of the matrix, whose map has these dimensions from the innermost on, in boxes of (CHUNK, TILE / 2, 2) or
 // (CHUNK, TILE, 1): QKV (K, HEAD_DIM / 2, 2 ALL_HEADS), GATE_UP (K, FFN, 2), others (K, Np, 1). A box's rows follow each other.
 template <int MODE>
@@ -59,22 +61,36 @@ __device__ __forceinline__ void load_tile(u32 dst, const TensorMap& map, int til
   const int y = MODE == QKV ? tile % TILES_A_HEAD * (TILE / 2) : MODE == GATE_UP ? tile * (TILE / 2) : tile * TILE;
   box_load(dst, map, column, y, MODE == QKV ? tile / TILES_A_HEAD * 2 : 0, bar, policy);
 }
-// With eight rows, where row 2i and row 2i + 1 of the product are pair i: row r of the product in the box.
-template <int MODE>
-__device__ __forceinline__ int box_row(int r) {
-  return MODE == QKV || MODE == GATE_UP ? (r >> 1) + (r & 1) * 4 : r;
-}
 __device__ constexpr int num_rows_of(int mode) {
   return mode == QKV ? ALL_HEADS * HEAD_DIM : mode == GATE_UP ? 2 * FFN : mode == HEAD ? (VOCAB + TILE - 1) / TILE * TILE : HIDDEN;
 }
 
-// A warp's share of the columns: every eighth chunk, so that what the warps request at about the same time lies side by side.
+__device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
+// A query's, key's or value's numbers a and b, of dimensions d and d + HEAD_DIM / 2 of a head, for whoever attends, and for the cache.
+__device__ __forceinline__ void rotate_and_append(const Args& p, float a, float b, float2 rotation, int head, int d, int slot, int token, u32 tag) {
+  const float rotated = a * rotation.x - b * rotation.y;
+  b = b * rotation.x + a * rotation.y;
+  a = rotated;
+  if (head >= HEADS) {
+    u16* to = (head < HEADS + KV_HEADS ? p.keys : p.values) +
+              (((size_t)(slot / KV_BLOCK) * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + d;
+    a = clipped(a);
+    b = clipped(b);
+    to[0] = pack1(a);
+    to[HEAD_DIM / 2] = pack1(b);
+  }
+  st_tagged(p.fresh + ((size_t)token * ALL_HEADS + head) * (HEAD_DIM / 2) + d, pack2(a, b), tag);
+}
+
+// A CTA's chunks of a row, of those that the cluster shares, and a warp's: every eighth, so that what the warps request at about the
+// same time lies side by side.
 template <int K>
 struct Slice {
-  static constexpr int ALL = K / CHUNK, MOST = (ALL + NW - 1) / NW;
-  static constexpr bool IS_EVEN = ALL % NW == 0;
-  static __device__ __forceinline__ int count(int warp) { return (ALL + NW - 1 - warp) / NW; }
-  static __device__ __forceinline__ int column(int warp, int c) { return (warp + c * NW) * CHUNK; }
+  static constexpr int ALL = K / CHUNK, MOST = ((ALL + CLUSTER - 1) / CLUSTER + NW - 1) / NW;
+  static constexpr bool IS_EVEN = ALL % (CLUSTER * NW) == 0;
+  static __device__ __forceinline__ int first(int rank) { return ALL * rank / CLUSTER; }
+  static __device__ __forceinline__ int count(int warp, int rank) { return (first(rank + 1) - first(rank) + NW - 1 - warp) / NW; }
+  static __device__ __forceinline__ int column(int warp, int rank, int c) { return (first(rank) + warp + c * NW) * CHUNK; }
 };
 
 // A warp's ring: stages are filled and emptied in the same order.
@@ -98,10 +114,10 @@ struct Ring {
 // What a warp requests of the weights: its chunks of the CTA's tiles.
 template <int MODE, int K>
 struct Weights {
-  int warp, num_chunks, left, tile, chunk = 0;
-  __device__ __forceinline__ void start(int first_tile, int last_tile, int which) {
-    warp = which;
-    num_chunks = Slice<K>::count(warp);
+  int column, num_chunks, left, tile, chunk = 0;
+  __device__ __forceinline__ void start(int first_tile, int last_tile, int warp, int rank) {
+    column = Slice<K>::column(warp, rank, 0);
+    num_chunks = Slice<K>::count(warp, rank);
     tile = first_tile;
     left = (last_tile - first_tile) * num_chunks;
   }
@@ -110,7 +126,7 @@ struct Weights {
     if (lane == 0) {
       const u32 bar = ring.full + ring.in * 8;
       mbar_expect(bar, STAGE);
-      load_tile<MODE>(ring.data + ring.in * STAGE, map, tile, Slice<K>::column(warp, chunk), bar, policy);
+      load_tile<MODE>(ring.data + ring.in * STAGE, map, tile, column + chunk * (NW * CHUNK), bar, policy);
     }
     ring.next_in();
     --left;
@@ -124,17 +140,3 @@ struct Weights {
 __device__ constexpr int num_stages(int mode) {     // of a warp's ring
   return mode == QKV ? STAGES_qkv : mode == OUT ? STAGES_out : mode == GATE_UP ? STAGES_gate_up : mode == DOWN ? STAGES_down : STAGES_head;
 }
-
-// Shared memory of a kernel: rings, [input | parts of tiles] or [attention of the warps], barriers, a few words.
-template <int MODE, int K>
-struct Shared {
-  static constexpr int STAGES = num_stages(MODE), UNITS = Slice<K>::MOST * CHUNK / UNIT;
-  static constexpr int IN_SHARED = UNITS > REGISTER_UNITS ? UNITS - REGISTER_UNITS : 0;     // units, of each warp
-  static constexpr int RINGS = NW * STAGES * STAGE;
-  static constexpr int INPUT = ROWS == 1 ? K * 2 : NW * IN_SHARED * 512;
-  static constexpr int PARTS = NBUF * NW * TILE * ROWS * 4;
-  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
-  static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
-  static constexpr int TOTAL = RINGS + WORK + (NW * STAGES + NBUF) * 8 + (NW * ROWS + 8) * 4;
-};
-

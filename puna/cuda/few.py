@@ -1,0 +1,239 @@
+"""FewDecode: the kernels of sm_90 for 2 to 16 tokens (csrc/few_sm90.cu) as operations.
+
+Decides which of the compiled variants runs and with what, and who normalises: `out` and `down`
+write the input of the product behind the next norm beside the residual, so they are held back
+until it is known. Where something else wrote the residual, or the next product is the head, which
+picks rows, `enter` does it.
+
+Shape suffixes as in `puna.cuda.ops`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from puna.batch import ForwardBatch
+from puna.cuda.driver import Driver, TensorMap
+from puna.cuda.fused import FusedDecode
+from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
+from puna.cuda.interfaces import FusedOps
+from puna.cuda.library import Library
+from puna.cuda.maps import TensorMaps
+from puna.engine import EngineConfig
+from puna.ops import LayerCache, Norm, RopeTable, Stream
+
+Tensor = Any
+
+_NONE = 0  # an address
+# A tag is (number of the step, number of the launch within it): a layer's among so many.
+_MAX_LAYERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Projection:
+    """What `qkv` was given, until `attention`, which is a part of the same kernel."""
+
+    is_finished: int  # its input has the norm's factor
+    weight_XK: Tensor
+    bias_N: Tensor | None
+    rope: RopeTable
+
+
+@dataclass(frozen=True, slots=True)
+class _AddToStream:
+    """A product that adds to the residual, held back."""
+
+    kernel: str
+    input_TK: Tensor
+    weight_NK: Tensor
+    bias_N: Tensor | None
+    residual_TD: Tensor
+
+
+class FewDecode:
+    """The operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
+
+    operations = FusedDecode.operations
+
+    def __init__(
+        self,
+        shapes: FusedShapes,
+        library: Library,
+        driver: Driver,
+        arrays: dict[str, Tensor],
+        num_ctas: int,
+    ) -> None:
+        self._library = library
+        self._arrays = arrays
+        self._num_ctas = num_ctas // CLUSTER * CLUSTER
+        self._maps = TensorMaps(shapes, driver)
+        self._projection: _Projection | None = None
+        self._held: _AddToStream | None = None
+        self._num_layers = 0  # recorded so far; neighbours in a step have different numbers
+
+    def qkv(
+        self,
+        x: Stream,
+        norm: Norm,
+        weight_XK: Tensor,
+        bias_N: Tensor | None,
+        rope: RopeTable,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        q_TQ: Tensor,
+    ) -> None:
+        assert self._projection is None, "attention follows its projection"
+        is_finished = self._normalise(x, norm)
+        self._projection = _Projection(is_finished, weight_XK, bias_N, rope)
+
+    def attention(
+        self,
+        q_TQ: Tensor,
+        batch: ForwardBatch,
+        cache: LayerCache,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        x: Stream,
+    ) -> None:
+        projection, self._projection = self._projection, None
+        assert projection is not None, "attention follows its projection"
+        arrays, num_rows = self._arrays, len(x.residual_TD)
+        self._num_layers = (self._num_layers + 1) % _MAX_LAYERS
+        self._launch(
+            "qkv",
+            num_rows,
+            self._maps.weight("qkv", projection.weight_XK),
+            self._bias(projection.bias_N),
+            arrays["fused_next"],
+            arrays["fused_sums"],
+            projection.is_finished,
+            projection.rope.cos_PE,
+            projection.rope.sin_PE,
+            batch.positions_T,
+            batch.slots_T,
+            batch.seq_lens_S,
+            batch.block_table_SM,
+            cache.keys_NKEP,
+            cache.values_NKPE,
+            self._maps.cache(cache.keys_NKEP),
+            self._maps.cache(cache.values_NKPE),
+            arrays["attended_TQ"],
+            arrays["fused_part"],
+            arrays["fused_fresh"],
+            arrays["fused_epoch"],
+            arrays["fused_split_count"],
+            arrays["fused_error"],
+            batch.block_table_SM.shape[1],
+            num_rows,
+            self._num_layers,
+        )
+        attended_TQ = arrays["attended_TQ"][:num_rows]
+        self._held = _AddToStream("out", attended_TQ, weight_NK, bias_N, x.residual_TD)
+
+    def gate_up(
+        self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
+    ) -> None:
+        is_finished = self._normalise(x, norm)
+        self._launch(
+            "gate_up",
+            len(act_TF),
+            self._maps.weight("gate_up", weight_XK),
+            self._bias(bias_N),
+            self._arrays["fused_next"],
+            self._arrays["fused_sums"],
+            is_finished,
+            act_TF,
+            len(act_TF),
+        )
+
+    def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
+        self.finish()
+        self._held = _AddToStream("down", act_TF, weight_NK, bias_N, x.residual_TD)
+
+    def head(
+        self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
+    ) -> None:
+        self.finish()
+        arrays, num_rows = self._arrays, len(rows_L)
+        self._enter(x, norm, rows_L, num_rows)
+        self._launch(
+            "head",
+            num_rows,
+            self._maps.weight("head", weight_NK),
+            arrays["fused_next"],
+            logits_LV,
+            arrays["fused_best"],
+            arrays["fused_epoch"],
+            num_rows,
+        )
+
+    def sample_greedy(self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor) -> None:
+        best, error = self._arrays["fused_best"], self._arrays["fused_error"]
+        arguments = (best, rows_L, last_tokens_R, out_tokens_L, error, self._num_ctas)
+        name = f"pick_{_variant(len(rows_L))}"
+        self._library.launch(name, (len(rows_L), 1, 1), arguments, True)
+
+    def finish(self) -> None:
+        self._add_to_stream(_NONE)
+
+    def _normalise(self, x: Stream, norm: Norm) -> int:
+        """Launch what writes `fused_next`; 1 if that has the norm's factor, 0 if the sums of
+        squares are in `fused_sums`."""
+        held, residual_TD = self._held, x.residual_TD
+        if held and held.residual_TD is residual_TD:
+            self._add_to_stream(norm.weight_D)
+            return 0
+        self.finish()
+        self._enter(x, norm, _NONE, len(x.residual_TD))
+        return 1
+
+    def _enter(self, x: Stream, norm: Norm, rows_L: Tensor | int, num_rows: int) -> None:
+        arguments = (x.residual_TD, norm.weight_D, rows_L, self._arrays["fused_next"])
+        name = f"enter_{_variant(num_rows)}"
+        self._library.launch(name, (num_rows, 1, 1), arguments, True)
+
+    def _add_to_stream(self, gamma_D: Tensor | int) -> None:
+        held, self._held = self._held, None
+        if held is None:
+            return
+        self._launch(
+            held.kernel,
+            len(held.input_TK),
+            self._maps.weight(held.kernel, held.weight_NK),
+            self._bias(held.bias_N),
+            held.input_TK,
+            held.residual_TD,
+            gamma_D,
+            self._arrays["fused_next"],
+            self._arrays["fused_sums"],
+            len(held.input_TK),
+        )
+
+    def _launch(self, kernel: str, num_rows: int, *arguments: Tensor | TensorMap | int) -> None:
+        name, grid = f"{kernel}_{_variant(num_rows)}", (self._num_ctas, 1, 1)
+        self._library.launch(name, grid, arguments, True)
+
+    def _bias(self, bias_N: Tensor | None) -> Tensor:
+        """The bias, or what stands for it where the kernel reads none."""
+        return self._arrays["rope_cos_PE"] if bias_N is None else bias_N
+
+
+def fused_ops(
+    config: EngineConfig, library: Library, driver: Driver, arrays: dict[str, Tensor], num_ctas: int
+) -> tuple[tuple[int, FusedOps], ...]:
+    """The fused operations that an engine's target has, and up to how many tokens each is used.
+    `num_ctas`: multiprocessors of the GPU."""
+    given = fused_shapes(config), library, driver, arrays, num_ctas
+    found: list[tuple[int, FusedOps]] = []
+    for rows in fused_rows(config):
+        if rows == 1:
+            found.append((rows, FusedDecode(*given)))
+        elif rows == fused_rows(config)[-1]:
+            found.append((rows, FewDecode(*given)))
+    return tuple(found)
+
+
+def _variant(num_rows: int) -> int:
+    """Of those for several tokens, also where there is one row of them."""
+    return next(rows for rows in FUSED_ROWS[1:] if num_rows <= rows)
