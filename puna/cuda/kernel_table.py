@@ -157,7 +157,7 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     ]
     if rows > 1:
         enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
-        kernels.append(CudaKernel(f"enter_{rows}", "enter", enter, 8, 0, True))
+        kernels.append(CudaKernel(f"enter_{rows}", "enter", enter, 8, 8 * 4, True))
     pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
     kernels.append(CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True))
     source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"

@@ -69,7 +69,7 @@ struct Team {
     stride = NW / width * gridDim.x;
   }
   __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(width * 32) : "memory");
+    named_barrier(1 + group, width * 32);
   }
 };
 

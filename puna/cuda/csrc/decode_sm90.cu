@@ -95,7 +95,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   using Layout = Shared<MODE, K>;
   constexpr int STAGES = Layout::STAGES;
   constexpr bool NORM = MODE == QKV || MODE == GATE_UP || MODE == HEAD;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   unsigned char* input = shared + Layout::RINGS;
   float* parts = reinterpret_cast<float*>(input + Layout::INPUT);       // [NBUF][NW][TILE / 2] pairs

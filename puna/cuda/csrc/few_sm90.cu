@@ -205,7 +205,7 @@ template <int MODE, int K>
 __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   using Layout = Shared<MODE, K>;
   constexpr int STAGES = Layout::STAGES;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, rank = cluster_rank(), peer = rank ^ 1;
   unsigned char* input = shared + Layout::RINGS;
   float4* parts = reinterpret_cast<float4*>(input + Layout::INPUT);     // [NBUF][NW][BLOCKS][32]
@@ -408,7 +408,7 @@ KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, const u16* x, fl
 // Rows of the residual (`rows`; null: all, in order), normalised: the input of a product.
 extern "C" __global__ __launch_bounds__(NT) void enter(const float* h, const float* gamma, const int* rows, u16* next) {
   constexpr int V = (HIDDEN / 4 + NT - 1) / NT;
-  __shared__ float words[NW];
+  float* words = reinterpret_cast<float*>(shared_memory());      // [NW]
   const int tid = threadIdx.x;
   launch_dependents();
   grid_wait();

@@ -12,11 +12,21 @@ using u64 = unsigned long long;
 #endif
 #define INFINITY_F __int_as_float(0x7f800000)
 
+// What a launch was given of shared memory.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  return shared;
+}
 __device__ __forceinline__ u32 smem32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- Dependent launches: let the next kernel begin; wait until those before have ended -----------------------------------
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Of some of a CTA's threads. Barrier 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
 
 // ---- Barriers in shared memory, and copies that complete on them -----------------------------------------------------------
 __device__ __forceinline__ void mbar_init(u32 bar, u32 count) {
