@@ -16,6 +16,7 @@ from typing import Any
 
 from puna.cuda.compile import SOURCES
 from puna.cuda.driver import TensorMap
+from puna.cuda.fused_plan import CLUSTER
 from puna.cuda.kernel_table import CudaKernel, CudaSource
 
 HERE = Path(__file__).parent
@@ -66,8 +67,9 @@ class EmulatedLibrary:
         for source in sources:
             library = _compile(source, folder)
             for i, kernel in enumerate(source.kernels):
-                has_pairs = source.source == "few_sm90.cu" and "map" in dict(kernel.arguments).values()
-                self._kernels[kernel.name] = library, i, kernel, 2 if has_pairs else 1
+                streams = "map" in dict(kernel.arguments).values()
+                cluster = CLUSTER if streams and source.source == "few_sm90.cu" else 1
+                self._kernels[kernel.name] = library, i, kernel, cluster
 
     def launch(
         self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...], overlaps: bool

@@ -1,6 +1,7 @@
 // csrc/sm90.cuh without a GPU: a thread of CUDA's is a fiber, all CTAs of a grid run at once, and copies come some time later.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
@@ -50,18 +51,36 @@ struct Cta {
   std::vector<Warp> warps;
 };
 struct Dim { int x; };
-struct Fiber { ucontext_t context; Cta* cta; Warp* warp; Dim thread; bool is_done = false; std::unique_ptr<char[]> stack; };
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  Cta* cta;
+  Warp* warp;
+  Dim thread;
+  bool has_begun = false, is_done = false;
+  std::unique_ptr<char[]> stack;
+};
 
 struct Machine {
   Fiber* self = nullptr;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Dim grid, block;
   u64 progress = 0;         // of anything: when it stands still, threads wait in vain
   std::vector<std::pair<int, std::function<void()>>> copies;    // passes until it comes
   std::mt19937 random{1};
   std::function<void()> kernel;
 
-  void pause() { swapcontext(&self->context, &scheduler); }
+  // Jumps, not swapcontext, which makes a system call each time.
+  void pause() {
+    if (!_setjmp(self->at)) _longjmp(scheduler, 1);
+  }
+  void go_on(Fiber& f) {
+    self = &f;
+    if (_setjmp(scheduler)) return;
+    if (f.has_begun) _longjmp(f.at, 1);
+    f.has_begun = true;
+    setcontext(&f.start);
+  }
   template <class Done>
   void wait(Done done) {
     while (!done()) pause();
@@ -104,11 +123,11 @@ struct Machine {
         f.warp = &ctas[i].warps[t / 32];
         f.thread = {t};
         f.stack.reset(new char[STACK]);
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.get();
-        f.context.uc_stack.ss_size = STACK;
-        f.context.uc_link = &scheduler;
-        makecontext(&f.context, enter, 0);
+        getcontext(&f.start);
+        f.start.uc_stack.ss_sp = f.stack.get();
+        f.start.uc_stack.ss_size = STACK;
+        f.start.uc_link = nullptr;
+        makecontext(&f.start, enter, 0);
       }
     }
     size_t left = fibers.size();
@@ -121,8 +140,7 @@ struct Machine {
       for (size_t i = 0; i < fibers.size(); ++i) {
         Fiber& f = fibers[(start + i) % fibers.size()];
         if (f.is_done) continue;
-        self = &f;
-        swapcontext(&scheduler, &f.context);
+        go_on(f);
         left -= f.is_done;
       }
       auto due = copies;
@@ -141,6 +159,7 @@ inline void Machine::enter() {
   machine.kernel();
   machine.self->is_done = true;
   ++machine.progress;
+  _longjmp(machine.scheduler, 1);
 }
 #define threadIdx (machine.self->thread)
 #define blockIdx (Dim{machine.self->cta->id})

@@ -92,7 +92,7 @@ def test_logits_against_the_reference(engines: Engines, name: str) -> None:
     """Prompts of M tokens at once; and M sequences that decode side by side."""
     tolerance = TOLERANCE[SHAPES[name][1]]
     prefills = [prompt(size, size) for size in (1, 3, 8, 33, 64, 200, 300)]
-    batches = [[prompt(100 * m + i, 8) for i in range(m)] for m in (1, 3, 8, 33, 64)]
+    batches = [[prompt(100 * m + i, 8) for i in range(m)] for m in (1, 3, 8, 16, 33, 64)]
 
     def run(device: str) -> tuple[Positions, list[Positions]]:
         with LLM(engines(name), device=device, prefix_cache=False) as llm:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
-
-torch = pytest.importorskip("torch")
-
 import emulator
+import pytest
+import torch
 from cuda_configs import BLOCK, cuda_config
 from emulator import EmulatedDriver, EmulatedLibrary
 
@@ -25,9 +23,7 @@ from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 from puna.spec import ModelSpec
 
-if emulator.COMPILER is None:
-    pytest.skip("needs g++", allow_module_level=True)
-
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 Tensor = Any
 # Groups of four heads; heads of their own, uneven shares of columns, biases, an odd vocabulary.
 SPECS: dict[str, tuple[ModelSpec, Literal["float16", "bfloat16"]]] = {

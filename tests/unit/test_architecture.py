@@ -56,7 +56,8 @@ RUN = [
     ),
     ("runtime.rendezvous",),
     ("runtime.launch",),
-    ("cpu", "cuda.ops", "cuda.fused", "cuda.draw", "cuda.graphs", "cuda.library"),
+    ("cpu", "cuda.ops", "cuda.few", "cuda.fused", "cuda.draw", "cuda.graphs", "cuda.library"),
+    ("cuda.maps",),
     ("ops", "cuda.choices", "cuda.interfaces", "cuda.hash32"),
 ]
 BUILD = [
@@ -81,7 +82,9 @@ SHARED = [
 RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
 RUN_ONLY += (
     "cuda.ops",
+    "cuda.few",
     "cuda.fused",
+    "cuda.maps",
     "cuda.draw",
     "cuda.hash32",
     "cuda.graphs",
