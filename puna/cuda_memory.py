@@ -13,6 +13,7 @@ import numpy as np
 
 from puna.cuda.fused_plan import MAX_SPLITS, fused_rows, fused_shapes
 from puna.cuda.gemm_shapes import num_splits
+from puna.cuda.wide_plan import wide_rows
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -85,7 +86,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
 
 def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
     """Scratch of the fused kernels, where the engine has them; all of it begins as zeros."""
-    rows = max(fused_rows(config), default=0)
+    rows = max((*fused_rows(config), *wide_rows(config)), default=0)
     if not rows:
         return {}
     s = fused_shapes(config)

@@ -20,6 +20,8 @@ from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, f
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
 from puna.cuda.maps import TensorMaps
+from puna.cuda.wide import WideDecode
+from puna.cuda.wide_plan import wide_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -231,6 +233,8 @@ def fused_ops(
             found.append((rows, FusedDecode(*given)))
         elif rows == fused_rows(config)[-1]:
             found.append((rows, FewDecode(*given)))
+    if wide := wide_rows(config):
+        found.append((wide[-1], WideDecode(*given)))
     return tuple(found)
 
 

@@ -152,6 +152,16 @@ def weight_box(
 
 def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
     """Macros of the source."""
+    s = fused_shapes(config)
+    return shape_defines(config, rows) | {
+        **{f"SHARED_{kernel}": shared_bytes(s, kernel, rows) for kernel in KERNELS},
+        **{f"STAGES_{kernel}": num_stages(s, kernel, rows) for kernel in KERNELS},
+        **{f"UNITS_{kernel}": register_units(s, kernel, rows) for kernel in KERNELS if rows > 1},
+    }
+
+
+def shape_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
+    """Macros of all sources: the model's sizes, for up to so many tokens."""
     s, spec = fused_shapes(config), config.spec
     return {
         "BF16": int(config.dtype == "bfloat16"),
@@ -166,7 +176,4 @@ def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
         "ROWS": rows,
         "ATTENTION_BIAS": int(spec.attention_bias),
         "MLP_BIAS": int(spec.mlp_bias),
-        **{f"SHARED_{kernel}": shared_bytes(s, kernel, rows) for kernel in KERNELS},
-        **{f"STAGES_{kernel}": num_stages(s, kernel, rows) for kernel in KERNELS},
-        **{f"UNITS_{kernel}": register_units(s, kernel, rows) for kernel in KERNELS if rows > 1},
     }

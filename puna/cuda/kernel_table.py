@@ -11,6 +11,14 @@ from dataclasses import dataclass, replace
 
 from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
 from puna.cuda.gemm_shapes import early_columns, gemm_shape, overlaps, stretch
+from puna.cuda.wide_plan import (
+    ATTENTION_WARPS,
+    ENTER_WARPS,
+    PRODUCT_WARPS,
+    wide_defines,
+    wide_rows,
+    wide_shared_bytes,
+)
 from puna.cuda_memory import (
     ARGMAX_CHUNK,
     MAX_PARTS,
@@ -127,7 +135,11 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
 
 def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     """CUDA C++ sources of the engine's target."""
-    return (_BANDWIDTH, *(_fused_source(config, rows) for rows in fused_rows(config)))
+    return (
+        _BANDWIDTH,
+        *(_fused_source(config, rows) for rows in fused_rows(config)),
+        *(_wide_source(config, rows) for rows in wide_rows(config)),
+    )
 
 
 _BANDWIDTH = CudaSource(
@@ -163,6 +175,70 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"
     defines = tuple(fused_defines(config, rows).items())
     return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
+
+
+def _wide_source(config: EngineConfig, rows: int) -> CudaSource:
+    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    shapes = fused_shapes(config)
+    maps, bias = (("w", "map"), ("x", "map")), (("bias", "*fp32"),)
+    sums = (("sums", "*fp32"),)
+    scaled = (("is_finished", "i32"), *_COUNT)
+    add = (*maps, *bias, ("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype), *sums, *_COUNT)
+    products = {
+        "qkv": (
+            *maps,
+            *bias,
+            *sums,
+            ("cos", "*fp32"),
+            ("sin", "*fp32"),
+            *_integers("positions", "slots"),
+            ("keys", dtype),
+            ("values", dtype),
+            ("fresh", "*i32"),
+            *scaled,
+        ),
+        "out": add,
+        "gate_up": (*maps, *bias, *sums, ("y", dtype), *scaled),
+        "down": add,
+        "head": (*maps, ("logits", "*fp32"), ("best", "*fp32"), *_COUNT),
+    }
+    attention = (
+        *_integers("seq_lens", "block_table"),
+        ("key_map", "map"),
+        ("value_map", "map"),
+        ("attended", dtype),
+        ("part", "*fp32"),
+        *_integers("fresh", "split_count", "error"),
+        ("table_stride", "i32"),
+        *_COUNT,
+    )
+    enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
+    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
+
+    def kernel(
+        name: str, arguments: tuple[tuple[str, str], ...], warps: int, shared: int
+    ) -> CudaKernel:
+        return CudaKernel(f"wide_{name}_{rows}", name, arguments, warps, shared, True)
+
+    return CudaSource(
+        f"wide_{rows}",
+        "wide_sm90.cu",
+        tuple(wide_defines(config, rows).items()),
+        (
+            *(
+                kernel(name, arguments, PRODUCT_WARPS, wide_shared_bytes(shapes, name, rows))
+                for name, arguments in products.items()
+            ),
+            kernel(
+                "attention",
+                attention,
+                ATTENTION_WARPS,
+                wide_shared_bytes(shapes, "attention", rows),
+            ),
+            kernel("enter", enter, ENTER_WARPS, 8 * 4),
+            kernel("pick", pick, 1, 0),
+        ),
+    )
 
 
 _WEIGHT = (("w", "map"), ("bias", "*fp32"))

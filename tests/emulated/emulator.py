@@ -68,7 +68,11 @@ class EmulatedLibrary:
             library = _compile(source, folder)
             for i, kernel in enumerate(source.kernels):
                 streams = "map" in dict(kernel.arguments).values()
-                cluster = CLUSTER if streams and source.source == "few_sm90.cu" else 1
+                cluster = (
+                    CLUSTER
+                    if streams and source.source != "decode_sm90.cu" and kernel.entry != "attention"
+                    else 1
+                )
                 self._kernels[kernel.name] = library, i, kernel, cluster
 
     def launch(

@@ -41,7 +41,7 @@ inline int2 make_int2(int x, int y) { return {x, y}; }
 
 // ---- The machine ---------------------------------------------------------------------------------------------------------------
 struct Meeting { int count = 0; unsigned generation = 0; };     // of threads that wait for each other
-struct Warp : Meeting { u32 in[32][8], out[32][4]; };
+struct Warp : Meeting { u32 in[32][8], out[32][32]; };
 struct Cta {
   int id, rank;
   unsigned char* shared;
@@ -268,7 +268,7 @@ struct alignas(64) TensorMap {
   char padding[72];
 };
 static_assert(sizeof(TensorMap) == 128);
-inline void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64) {
+inline void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64 = 0) {
   unsigned char* to = at(dst);
   Barrier* b = &barrier(bar);
   machine.copies.emplace_back(machine.random() % 8, [=] {

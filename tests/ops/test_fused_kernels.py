@@ -42,9 +42,9 @@ class Fused:
     def __init__(self, name: str, folder: Path) -> None:
         self.spec, dtype = SPECS[name]
         self.config: EngineConfig = cuda_config(
-            self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=16
+            self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=64
         )
-        sources = [it for it in cuda_sources(self.config) if it.name.startswith("decode")]
+        sources = [it for it in cuda_sources(self.config) if it.name.startswith(("decode", "wide"))]
         self.library = EmulatedLibrary(sources, folder)
         self.dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
 
@@ -192,6 +192,8 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
         ([64, 1, 300, 129, 31, 32, 40, 256], 5),
         ([1 + 61 * i % 500 for i in range(9)], 4),
         ([1 + 97 * i % 700 for i in range(16)], 6),
+        ([1 + 97 * i % 300 for i in range(27)], 6),
+        ([1 + 97 * i % 300 for i in range(64)], 6),
     ],
     ids=lambda it: f"{len(it)} of {max(it)}" if isinstance(it, list) else str(it),
 )

@@ -14,17 +14,29 @@ constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
 constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
 static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
 
+// Lengths of contexts, of up to 64 rows: lane i has those of rows i and i + 32.
+struct Lens {
+  int v[ROWS > 32 ? 2 : 1];
+  __device__ __forceinline__ void load(const Args& p, int lane) {
+#pragma unroll
+    for (int i = 0; i < (ROWS > 32 ? 2 : 1); ++i) v[i] = i * 32 + lane < p.num_rows ? __ldg(p.seq_lens + i * 32 + lane) : 0;
+  }
+  // All lanes of a warp call this together.
+  __device__ __forceinline__ int of(int seq) const { return __shfl_sync(~0u, ROWS > 32 && seq >= 32 ? v[ROWS > 32] : v[0], seq % 32); }
+};
+
 // A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. Its stretches
 // of TOKENS tokens are dealt to eight parties, each of which sums up alone; what the parties have is then added in order. A task
 // belongs to `width` warps, each of which plays one party or several, one after the other: as many warps as leave no CTA
 // without a task, so the bits do not depend on it.
 struct Task {
-  int id, seq, kv, start, end, party, at, split, num_splits;    // at: the next token of the party's
-  // `lens`: of sequence i in lane i. All lanes of a warp call this together.
-  __device__ __forceinline__ bool find(int num_rows, int lens, int first_party) {
-    int n = id;
-    for (seq = 0; seq < num_rows; ++seq) {
-      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
+  int id, seq = 0, before = 0;      // before: tasks of the sequences before
+  int len, kv, start, end, party, at, split, num_splits;      // at: the next token of the party's
+  // Ids grow from one call to the next. All lanes of a warp call this together.
+  __device__ __forceinline__ bool find(int num_rows, const Lens& lens, int first_party) {
+    for (; seq < num_rows; ++seq) {
+      len = lens.of(seq);
+      const int part = split_len(len), n = id - before;
       num_splits = (len + part - 1) / part;
       if (n < num_splits * KV_HEADS) {
         split = n / KV_HEADS;
@@ -34,7 +46,7 @@ struct Task {
         begin(first_party);
         return true;
       }
-      n -= num_splits * KV_HEADS;
+      before += num_splits * KV_HEADS;
     }
     return false;
   }
@@ -47,10 +59,10 @@ struct Task {
     while (part * MAX_SPLITS < len) part *= 2;
     return part;
   }
-  static __device__ __forceinline__ int count(int num_rows, int lens) {
+  static __device__ __forceinline__ int count(int num_rows, const Lens& lens) {
     int n = 0;
     for (int seq = 0; seq < num_rows; ++seq) {
-      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
+      const int len = lens.of(seq), part = split_len(len);
       n += (len + part - 1) / part * KV_HEADS;
     }
     return n;
@@ -59,9 +71,10 @@ struct Task {
 
 // Who of a CTA's warps works on which task: groups of `width` warps.
 struct Team {
-  int width, group, index, first_id, stride, lens;
+  int width, group, index, first_id, stride;
+  Lens lens;
   __device__ __forceinline__ void form(const Args& p, int warp, int lane) {
-    lens = lane < p.num_rows ? __ldg(p.seq_lens + lane) : 0;
+    lens.load(p, lane);
     width = Task::count(p.num_rows, lens) > gridDim.x ? NW / 2 : NW;
     group = warp / width;
     index = warp % width;
@@ -263,7 +276,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
   Task task;
   for (task.id = team.first_id; task.find(p.num_rows, team.lens, team.index); task.id += team.stride) {
-    const int len = __shfl_sync(~0u, team.lens, task.seq);
+    const int len = task.len;
     const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
     const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
     Fresh fresh;

@@ -137,6 +137,8 @@ struct Weights {
   }
 };
 
+#ifdef STAGES_qkv
 __device__ constexpr int num_stages(int mode) {     // of a warp's ring
   return mode == QKV ? STAGES_qkv : mode == OUT ? STAGES_out : mode == GATE_UP ? STAGES_gate_up : mode == DOWN ? STAGES_down : STAGES_head;
 }
+#endif
