@@ -2,10 +2,13 @@
 
     python -m benchmarks.cuda_gemm [--model llama-2-7b] [--dtype float16] [--tiles 16 32 64]
                                    [--roles qkv o gate_up down head] [--all]
+                                   [--library 128 2048]
 
 Each way runs in a CUDA graph that goes over copies of the matrix which together are larger than the
 L2 cache. Prints the fastest ways of each product, with TB/s of the weights, and what
-`puna.cuda.gemm_shapes` would take; the table there is filled from here. Needs a GPU and Triton.
+`puna.cuda.gemm_shapes` would take; the table there is filled from here. With --library it times
+torch's products of so many tokens instead: by either of its libraries, and as W x^T. Needs a GPU
+and Triton.
 """
 
 from __future__ import annotations
@@ -39,12 +42,26 @@ def main() -> None:
     roles = ["qkv", "o", "gate_up", "down", "head"]
     parser.add_argument("--roles", nargs="+", default=roles, choices=roles)
     parser.add_argument("--all", action="store_true", help="print every way, not the best four")
+    parser.add_argument("--library", type=int, nargs="+", metavar="M", help="torch's products")
     args = parser.parse_args()
     import torch
 
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     config = config_for(args.model, args.dtype, target)
     kernels = {kernel.name: kernel for kernel in triton_kernels(config)}
+    libraries = "cublas", "cublaslt"
+    if args.library:
+        for role, num_tokens in product(args.roles, args.library):
+            matrices = _Matrices(kernels[f"gemm_{role}_16"], torch, num_tokens)
+            times = {
+                f"{library}{' W x^T' if is_turned else ''}": matrices.time_cublas(
+                    library, is_turned
+                )
+                for library, is_turned in product(libraries, (False, True))
+            }
+            lines = ", ".join(f"{name} {matrices.line(us)}" for name, us in times.items())
+            print(f"{role} {num_tokens}: {lines}", flush=True)
+        return
     wanted = [kernels[f"gemm_{role}_{tile}"] for role in args.roles for tile in args.tiles]
     ways = [(kernel, way) for kernel in wanted for way in ways_of(kernel, target)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
@@ -109,7 +126,8 @@ def _compiled(job: tuple[TritonKernel, EngineConfig]) -> tuple[bytes, dict[str, 
 class _Matrices:
     """Copies of one product's matrix, its tokens, and time on them."""
 
-    def __init__(self, kernel: TritonKernel, torch: Any) -> None:
+    def __init__(self, kernel: TritonKernel, torch: Any, num_tokens: int | None = None) -> None:
+        """`num_tokens`: of x, if not those of the kernel's tile."""
         self.torch = torch
         self.constants: dict[str, Any] = dict(kernel.constants)
         pairs = 2 if self.constants["EPILOGUE"] == "silu" else 1
@@ -119,7 +137,7 @@ class _Matrices:
         copies = max(2, round(MATRIX_BYTES / self.num_bytes))
         shape = (rows, self.constants["KP"])
         self.weights = [torch.randn(shape, dtype=dtype, device="cuda") for _ in range(copies)]
-        tokens = self.constants["BLOCK_M"]
+        tokens = num_tokens or self.constants["BLOCK_M"]
         self.x = torch.randn((tokens, self.constants["K"]), dtype=dtype, device="cuda")
         out = torch.float32 if kernel.arguments[3][1] == "*fp32" else dtype
         most = self.constants["SPLITS"] * self.constants["PART_ROWS"]
@@ -149,12 +167,23 @@ class _Matrices:
 
         return self._time(emit)
 
-    def time_cublas(self) -> float:
+    def time_cublas(self, library: str = "cublas", is_turned: bool = False) -> float:
+        full, num_cols = self.full.T.contiguous() if is_turned else self.full, self.constants["K"]
+
         def emit() -> None:
             for w in self.weights:
-                self.torch.mm(self.x, w[:, : self.constants["K"]].T, out=self.full)
+                w_NK = w[:, :num_cols]
+                if is_turned:
+                    self.torch.mm(w_NK, self.x.T, out=full)
+                else:
+                    self.torch.mm(self.x, w_NK.T, out=full)
 
-        return self._time(emit)
+        before = self.torch.backends.cuda.preferred_blas_library()
+        self.torch.backends.cuda.preferred_blas_library(library)
+        try:
+            return self._time(emit)
+        finally:
+            self.torch.backends.cuda.preferred_blas_library(before)
 
     def _time(self, emit: Callable[[], None]) -> float:
         from puna.cuda.graphs import GraphRecorder
