@@ -139,6 +139,7 @@ def build(
     materialize: bool = False,
     tokenizer: MappingABC[str, bytes] | None = None,
     progress: Progress | None = None,
+    kernel_progress: Progress | None = None,
 ) -> BuildResult:
     """Build an engine at `out`.
 
@@ -148,8 +149,9 @@ def build(
     its own, that many at a time, among which the workers are divided; the bytes are the same.
     `force` replaces an engine at `out`, and nothing else.
     `materialize` writes dummy weights out instead of their recipe. `tokenizer` gives the files of
-    the engine's tokenizer in place of the checkpoint's. Raises PunaError for what the user can
-    mend; whatever happens, `out` is a whole engine or what it was before.
+    the engine's tokenizer in place of the checkpoint's. `kernel_progress` hears of the kernels that
+    are compiled for a GPU, before `progress` does of the bytes. Raises PunaError for what the user
+    can mend; whatever happens, `out` is a whole engine or what it was before.
     """
     if not isinstance(checkpoint, (str, Path)):
         return _build(
@@ -162,10 +164,20 @@ def build(
             materialize,
             tokenizer,
             progress,
+            kernel_progress,
         )
     with closing(open_source(checkpoint)) as opened:
         return _build(
-            opened, Path(out), config, workers, processes, force, materialize, tokenizer, progress
+            opened,
+            Path(out),
+            config,
+            workers,
+            processes,
+            force,
+            materialize,
+            tokenizer,
+            progress,
+            kernel_progress,
         )
 
 
@@ -179,6 +191,7 @@ def _build(
     materialize: bool,
     tokenizer: MappingABC[str, bytes] | None,
     progress: Progress | None,
+    kernel_progress: Progress | None,
 ) -> BuildResult:
     out = Path(os.path.abspath(out))
     planned = plan_checkpoint(checkpoint, config or BuildConfig(), materialize)
@@ -195,6 +208,9 @@ def _build(
     _check_room(out, planned, workers)
     sources = _existing(checkpoint)
     with workspace(out) as folder:
+        if TARGETS[planned.target].is_gpu:
+            # Before the weights: what can fail should not do so after minutes of writing.
+            _write_kernels(folder / KERNELS_DIR, planned, kernel_progress)
         bar = _Bar(planned, sources, progress)
         planned = _write(folder, planned, checkpoint, sources, files, workers, processes, bar)
         finish(folder, out, force)
@@ -211,12 +227,10 @@ def _write(
     processes: int,
     bar: _Bar,
 ) -> EngineConfig:
-    """Fill `folder` with a whole engine; returns the config with the digests of its sources."""
+    """Make `folder`, which has its kernels, a whole engine; returns the config with the digests of
+    its sources."""
     if tokenizer:
         _write_tokenizer(folder / TOKENIZER_DIR, tokenizer)
-    if TARGETS[planned.target].is_gpu:
-        # Before the weights: what can fail should not do so after minutes of writing.
-        _write_kernels(folder / KERNELS_DIR, planned)
     placeholder = "0" * 64
     if planned.dummy is None:
         task = Task(folder, planned, checkpoint, placeholder)
@@ -258,12 +272,12 @@ def _check_compilers(planned: EngineConfig) -> None:
         )
 
 
-def _write_kernels(folder: Path, planned: EngineConfig) -> None:
+def _write_kernels(folder: Path, planned: EngineConfig, progress: Progress | None) -> None:
     """Compile the engine's kernels, which needs no GPU."""
     from puna.cuda.compile import compile_kernels
 
     folder.mkdir()
-    for name, data in compile_kernels(planned).items():
+    for name, data in compile_kernels(planned, progress).items():
         (folder / name).write_bytes(data)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puna.cli.progress import byte_bar
+from puna.cli.progress import byte_bar, kernel_bar
 from puna.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:
@@ -138,7 +138,11 @@ def run_build(args: argparse.Namespace) -> int:
     from puna.plan import warnings
 
     tokenizer = _tokenizer_files(args.tokenizer)
-    with _open(args) as checkpoint, byte_bar("building") as progress:
+    with (
+        _open(args) as checkpoint,
+        byte_bar("building") as progress,
+        kernel_bar("compiling kernels") as kernel_progress,
+    ):
         result = build(
             checkpoint,
             args.output,
@@ -149,6 +153,7 @@ def run_build(args: argparse.Namespace) -> int:
             materialize=args.materialize,
             tokenizer=tokenizer,
             progress=progress,
+            kernel_progress=kernel_progress,
         )
     config = result.config
     for line in warnings(config):

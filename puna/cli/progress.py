@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from puna.runtime.launch import speaks_for_all
 
@@ -19,6 +19,13 @@ def byte_bar(what: str, is_quiet: bool = False) -> Iterator[Progress]:
     """Yield a function (done, total) in bytes that draws a bar; quiet when stderr is no
     terminal."""
     with _bar(what, "B", is_scaled=True, is_quiet=is_quiet) as update:
+        yield update
+
+
+@contextmanager
+def kernel_bar(what: str, is_quiet: bool = False) -> Iterator[Progress]:
+    """The same in kernels."""
+    with _bar(what, "kernel", is_scaled=False, is_quiet=is_quiet) as update:
         yield update
 
 
@@ -38,20 +45,28 @@ def prompt_bar(what: str, is_quiet: bool = False) -> Iterator[Progress]:
 
 @contextmanager
 def _bar(what: str, unit: str, is_scaled: bool, is_quiet: bool) -> Iterator[Progress]:
-    from tqdm import tqdm
-
-    with tqdm(
-        desc=what,
-        unit=unit,
-        unit_scale=is_scaled,
-        file=sys.stderr,
-        disable=None if speaks_for_all() and not is_quiet else True,
-        leave=False,
-        mininterval=0.2,
-    ) as bar:
+    """A bar that appears with the first news and goes when all is done."""
+    with ExitStack() as stack:
+        bar: Any = None
 
         def update(done: int, total: int) -> None:
+            nonlocal bar
+            from tqdm import tqdm
+
+            if bar is None:
+                bar = tqdm(
+                    desc=what,
+                    unit=unit,
+                    unit_scale=is_scaled,
+                    file=sys.stderr,
+                    disable=None if speaks_for_all() and not is_quiet else True,
+                    leave=False,
+                    mininterval=0.2,
+                )
+                stack.callback(bar.close)
             bar.total = total
             bar.update(done - bar.n)
+            if done >= total:
+                bar.close()
 
         yield update

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puna.cli.progress import byte_bar
+from puna.cli.progress import byte_bar, kernel_bar
 from puna.cli.run import print_notice, show_stream
 from puna.errors import CheckpointError, ConfigError, EngineError
 
@@ -160,9 +160,15 @@ def _build(source: str, engine: Path, target: str) -> None:
     from puna.plan import BuildConfig
 
     start = time.perf_counter()
-    with byte_bar("building") as progress:
-        config = BuildConfig(target=target)
-        result = build(source, engine, config, force=engine.exists(), progress=progress)
+    with byte_bar("building") as progress, kernel_bar("compiling kernels") as kernel_progress:
+        result = build(
+            source,
+            engine,
+            BuildConfig(target=target),
+            force=engine.exists(),
+            progress=progress,
+            kernel_progress=kernel_progress,
+        )
     size = human_bytes(sum(memory.weights for memory in result.config.memory))
     seconds = time.perf_counter() - start
     what = f"{size} ({result.config.quant}) for {result.config.target}"

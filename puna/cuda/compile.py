@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -37,10 +38,13 @@ _PTX_TYPES = MappingProxyType(
 )
 
 
-def compile_kernels(config: EngineConfig) -> dict[str, bytes]:
+def compile_kernels(
+    config: EngineConfig, progress: Callable[[int, int], None] | None = None
+) -> dict[str, bytes]:
     """File name -> bytes of everything in `kernels/`.
 
-    ConfigError where a compiler is missing.
+    `progress` is told how many files of how many are compiled. ConfigError where a compiler is
+    missing.
     """
     triton = _import("triton", "Triton")
     kernels, sources = triton_kernels(config), cuda_sources(config)
@@ -67,11 +71,15 @@ def compile_kernels(config: EngineConfig) -> dict[str, bytes]:
     # Python in several threads at once fails now and then (SystemError, Python 3.11).
     with ThreadPoolExecutor() as pool:
         beside = {source.name: pool.submit(compile_one, source) for source in sources}
-        for kernel in everything:
+        for i, kernel in enumerate(everything):
+            if progress:
+                progress(i, len(everything))
             done = beside.get(kernel.name)
             cubin, added = compile_one(kernel) if done is None else done.result()
             files[f"{kernel.name}.cubin"] = cubin
             entries |= added
+    if progress:
+        progress(len(everything), len(everything))
     table = {"target": config.target, "compilers": versions, "kernels": entries}
     return {KERNELS_FILE: canonical_json(table), **files}
 

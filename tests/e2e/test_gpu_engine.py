@@ -32,7 +32,7 @@ REFERENCE = ("--device", "reference")
 REAL = puna.cuda.compile.compile_kernels
 
 
-def stand_ins(config: EngineConfig) -> dict[str, bytes]:
+def stand_ins(config: EngineConfig, progress: object = None) -> dict[str, bytes]:
     kernels = {"embed": {"file": "embed.cubin"}, "norm": {"file": "norm.cubin"}}
     table = {"target": config.target, "compilers": {"triton": "3.9.9"}, "kernels": kernels}
     files = {f"{name}.cubin": name.encode() * 1000 for name in kernels}
@@ -176,7 +176,7 @@ def test_missing_compilers_are_said_before_anything_is_written(
 def test_a_failed_compilation_leaves_nothing(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(config: EngineConfig) -> dict[str, bytes]:
+    def fail(config: EngineConfig, progress: object = None) -> dict[str, bytes]:
         raise ConfigError("no such architecture: use another")
 
     monkeypatch.setattr("puna.cuda.compile.compile_kernels", fail)
@@ -191,7 +191,7 @@ def test_a_build_killed_while_it_compiles_leaves_no_engine(
     out, checkpoint = tmp_path / "e", DummyCheckpoint(parse_preset(DUMMY))
     config = BuildConfig(target="sm_90")
 
-    def stuck(planned: EngineConfig) -> dict[str, bytes]:
+    def stuck(planned: EngineConfig, progress: object = None) -> dict[str, bytes]:
         (tmp_path / "compiling").touch()
         time.sleep(60)
         return {}

@@ -34,7 +34,10 @@ def compile_all(spec: ModelSpec, dtype: str, target: str) -> tuple[dict[str, byt
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     from puna.cuda.compile import compile_kernels
 
-    files = compile_kernels(cuda_config(spec, dtype, target))
+    said: list[tuple[int, int]] = []
+    files = compile_kernels(cuda_config(spec, dtype, target), lambda *of: said.append(of))
+    num_cubins = len(files) - 1  # beside the table
+    assert said == [(done, num_cubins) for done in range(num_cubins + 1)]
     return files, json.loads(files[KERNELS_FILE])
 
 
