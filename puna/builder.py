@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping as MappingABC
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -153,20 +153,8 @@ def build(
     are compiled for a GPU, before `progress` does of the bytes. Raises PunaError for what the user
     can mend; whatever happens, `out` is a whole engine or what it was before.
     """
-    if not isinstance(checkpoint, (str, Path)):
-        return _build(
-            checkpoint,
-            Path(out),
-            config,
-            workers,
-            processes,
-            force,
-            materialize,
-            tokenizer,
-            progress,
-            kernel_progress,
-        )
-    with closing(open_source(checkpoint)) as opened:
+    is_named = isinstance(checkpoint, (str, Path))
+    with closing(open_source(checkpoint)) if is_named else nullcontext(checkpoint) as opened:
         return _build(
             opened,
             Path(out),
