@@ -1,6 +1,6 @@
 """What CudaOps is made of: kernels by name, a recorder, and perhaps operations of the target's own.
 
-Protocols only; tests have kernels and recorders that need no GPU.
+Protocols, and what a stored matrix is; tests have kernels and recorders that need no GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from puna.batch import ForwardBatch
-from puna.ops import LayerCache, Norm, Program, RopeTable, Stream
+from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
 
 # A torch.Tensor. The model's types say Array: what they hold is whatever the device's arrays are.
 Tensor = Any
@@ -24,6 +24,21 @@ class Matrix:
     data_NK: Tensor
     num_rows: int
     num_cols: int
+
+
+def joined(linear: Linear) -> Tensor:
+    """The matrices of a product as one: they follow each other in the rank's file."""
+    parts: list[Matrix] = list(linear.weights)
+    first = parts[0].data_NK
+    end = first.data_ptr()
+    for part in parts:
+        data_NK = part.data_NK
+        assert data_NK.data_ptr() == end and data_NK.shape[1] == first.shape[1], (
+            "matrices of one product lie apart"
+        )
+        end += data_NK.numel() * data_NK.element_size()
+    num_rows = sum(len(part.data_NK) for part in parts)
+    return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
 
 
 class Kernels(Protocol):

@@ -23,7 +23,7 @@ import torch
 
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
-from puna.cuda.interfaces import FusedOps, Grid, Kernels, Matrix, Recorder, Tensor
+from puna.cuda.interfaces import FusedOps, Grid, Kernels, Matrix, Recorder, Tensor, joined
 from puna.cuda.kernel_table import GEMM_TILES, ROPE_HEADS, ROW_BLOCK
 from puna.cuda_memory import ARGMAX_CHUNK, PART_ROWS, padded_rows
 from puna.engine import EngineConfig
@@ -53,6 +53,8 @@ class CudaOps:
         fused: tuple[tuple[int, FusedOps], ...] = (),
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
+        # They read the residual alone: nothing may be left beside it.
+        assert all(most <= choices.direct_tokens for most, _ in fused), choices
         self._kernels = kernels
         self._arrays = arrays
         self._recorder = recorder
@@ -113,7 +115,7 @@ class CudaOps:
         cache: LayerCache,
         q_TQ: Tensor,
     ) -> None:
-        weight_XK = _joined(linear)
+        weight_XK = joined(linear)
         if batch.is_decode and (fused := self._fused_for("qkv", x)):
             self._run(
                 partial(fused.qkv, x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
@@ -214,7 +216,7 @@ class CudaOps:
         )
 
     def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Tensor) -> None:
-        weight_XK = _joined(linear)
+        weight_XK = joined(linear)
         if fused := self._fused_for("gate_up", x):
             self._run(partial(fused.gate_up, x, norm, weight_XK, linear.bias_N, act_TF))
             return
@@ -387,18 +389,3 @@ class CudaOps:
     def _is_recording(self) -> bool:
         assert self._state != "idle", "operations are called inside record() only"
         return self._state == "recording"
-
-
-def _joined(linear: Linear) -> Tensor:
-    """The matrices of a product as one: they follow each other in the rank's file."""
-    parts: list[Matrix] = list(linear.weights)
-    first = parts[0].data_NK
-    end = first.data_ptr()
-    for part in parts:
-        data_NK = part.data_NK
-        assert data_NK.data_ptr() == end and data_NK.shape[1] == first.shape[1], (
-            "matrices of one product lie apart"
-        )
-        end += data_NK.numel() * data_NK.element_size()
-    num_rows = sum(len(part.data_NK) for part in parts)
-    return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
