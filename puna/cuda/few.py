@@ -15,7 +15,7 @@ from typing import Any
 
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused import FusedDecode
+from puna.cuda.fused import MAX_LAYERS, FusedDecode, attention_arguments
 from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
@@ -26,8 +26,6 @@ from puna.ops import LayerCache, Norm, RopeTable, Stream
 Tensor = Any
 
 _NONE = 0  # an address
-# A tag is (number of the step, number of the launch within it): a layer's among so many.
-_MAX_LAYERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class FewDecode:
         projection, self._projection = self._projection, None
         assert projection is not None, "attention follows its projection"
         arrays, num_rows = self._arrays, len(x.residual_TD)
-        self._num_layers = (self._num_layers + 1) % _MAX_LAYERS
+        self._num_layers = (self._num_layers + 1) % MAX_LAYERS
         self._launch(
             "qkv",
             num_rows,
@@ -108,23 +106,7 @@ class FewDecode:
             arrays["fused_next"],
             arrays["fused_sums"],
             projection.is_finished,
-            projection.rope.cos_PE,
-            projection.rope.sin_PE,
-            batch.positions_T,
-            batch.slots_T,
-            batch.seq_lens_S,
-            batch.block_table_SM,
-            cache.keys_NKEP,
-            cache.values_NKPE,
-            self._maps.cache(cache.keys_NKEP),
-            self._maps.cache(cache.values_NKPE),
-            arrays["attended_TQ"],
-            arrays["fused_part"],
-            arrays["fused_fresh"],
-            arrays["fused_epoch"],
-            arrays["fused_split_count"],
-            arrays["fused_error"],
-            batch.block_table_SM.shape[1],
+            *attention_arguments(arrays, self._maps, projection.rope, batch, cache),
             num_rows,
             self._num_layers,
         )

@@ -21,7 +21,7 @@ from puna.ops import LayerCache, Norm, RopeTable, Stream
 Tensor = Any
 
 # A tag is (number of the step, number of the launch within it): a layer's among so many.
-_MAX_LAYERS = 1024
+MAX_LAYERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,47 +81,29 @@ class FusedDecode:
         projection, self._projection = self._projection, None
         assert projection is not None, "attention follows its projection"
         assert len(x.residual_TD) == 1, len(x.residual_TD)
-        arrays = self._arrays
-        attended_TQ = arrays["attended_TQ"]
-        self._num_layers = (self._num_layers + 1) % _MAX_LAYERS
+        attended_TQ = self._arrays["attended_TQ"]
+        self._num_layers = (self._num_layers + 1) % MAX_LAYERS
         self._launch(
             "qkv",
             self._maps.weight("qkv", projection.weight_XK),
             self._bias(projection.bias_N),
             x.residual_TD,
             projection.norm.weight_D,
-            projection.rope.cos_PE,
-            projection.rope.sin_PE,
-            batch.positions_T,
-            batch.slots_T,
-            batch.seq_lens_S,
-            batch.block_table_SM,
-            cache.keys_NKEP,
-            cache.values_NKPE,
-            self._maps.cache(cache.keys_NKEP),
-            self._maps.cache(cache.values_NKPE),
-            attended_TQ,
-            arrays["fused_part"],
-            arrays["fused_fresh"],
-            arrays["fused_epoch"],
-            arrays["fused_split_count"],
-            arrays["fused_error"],
-            batch.block_table_SM.shape[1],
-            1,
+            *attention_arguments(self._arrays, self._maps, projection.rope, batch, cache),
             self._num_layers,
         )
         weight, bias = self._maps.weight("out", weight_NK), self._bias(bias_N)
-        self._launch("out", weight, bias, attended_TQ, x.residual_TD, 1)
+        self._launch("out", weight, bias, attended_TQ, x.residual_TD)
 
     def gate_up(
         self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
     ) -> None:
         weight, bias = self._maps.weight("gate_up", weight_XK), self._bias(bias_N)
-        self._launch("gate_up", weight, bias, x.residual_TD, norm.weight_D, act_TF, 1)
+        self._launch("gate_up", weight, bias, x.residual_TD, norm.weight_D, act_TF)
 
     def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
         weight, bias = self._maps.weight("down", weight_NK), self._bias(bias_N)
-        self._launch("down", weight, bias, act_TF, x.residual_TD, 1)
+        self._launch("down", weight, bias, act_TF, x.residual_TD)
 
     def head(
         self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
@@ -136,7 +118,6 @@ class FusedDecode:
             logits_LV,
             arrays["fused_best"],
             arrays["fused_epoch"],
-            1,
         )
 
     def sample_greedy(self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor) -> None:
@@ -153,3 +134,28 @@ class FusedDecode:
     def _bias(self, bias_N: Tensor | None) -> Tensor:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if bias_N is None else bias_N
+
+
+def attention_arguments(
+    arrays: dict[str, Tensor],
+    maps: TensorMaps,
+    rope: RopeTable,
+    batch: ForwardBatch,
+    cache: LayerCache,
+) -> tuple[Tensor | TensorMap | int, ...]:
+    """What the kernel of qkv and attention has behind its input, whatever the number of tokens."""
+    return (
+        rope.cos_PE,
+        rope.sin_PE,
+        batch.positions_T,
+        batch.slots_T,
+        batch.seq_lens_S,
+        batch.block_table_SM,
+        cache.keys_NKEP,
+        cache.values_NKPE,
+        maps.cache(cache.keys_NKEP),
+        maps.cache(cache.values_NKPE),
+        arrays["attended_TQ"],
+        *(arrays[f"fused_{it}"] for it in ("part", "fresh", "epoch", "split_count", "error")),
+        batch.block_table_SM.shape[1],
+    )

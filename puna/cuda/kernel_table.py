@@ -167,6 +167,7 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
 
 _WEIGHT = (("w", "map"), ("bias", "*fp32"))
 _COUNT = (("num_rows", "i32"),)
+_LAYER = (("layer", "i32"),)
 
 
 def _integers(*names: str) -> tuple[tuple[str, str], ...]:
@@ -187,18 +188,16 @@ def _attention_arguments(dtype: str) -> tuple[tuple[str, str], ...]:
         ("part", "*fp32"),
         *_integers("fresh", "epoch", "split_count", "error"),
         ("table_stride", "i32"),
-        *_COUNT,
-        ("layer", "i32"),
     )
 
 
 def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     residual = (("h", "*fp32"),)
-    norm, add = (*residual, ("gamma", "*fp32")), (*_WEIGHT, ("x", dtype), *residual, *_COUNT)
+    norm, add = (*residual, ("gamma", "*fp32")), (*_WEIGHT, ("x", dtype), *residual)
     return {
-        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype)),
+        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype), *_LAYER),
         "out": add,
-        "gate_up": (*_WEIGHT, *norm, ("y", dtype), *_COUNT),
+        "gate_up": (*_WEIGHT, *norm, ("y", dtype)),
         "down": add,
         "head": (
             ("w", "map"),
@@ -207,7 +206,6 @@ def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
             ("logits", "*fp32"),
             ("best", "*fp32"),
             ("epoch", "*i32"),
-            *_COUNT,
         ),
     }
 
@@ -217,7 +215,7 @@ def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     normed = (*x, ("sums", "*fp32"), ("is_finished", "i32"))
     adds = (*x, *add, ("new_sums", "*fp32"), *_COUNT)
     return {
-        "qkv": (*normed, *_attention_arguments(dtype)),
+        "qkv": (*normed, *_attention_arguments(dtype), *_COUNT, *_LAYER),
         "out": adds,
         "gate_up": (*normed, ("y", dtype), *_COUNT),
         "down": adds,

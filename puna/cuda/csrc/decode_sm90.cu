@@ -193,36 +193,35 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
 KERNEL(qkv, QKV, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, const float* cos, const float* sin,
                          const int* positions, const int* slots, const int* seq_lens, const int* block_table, u16* keys, u16* values,
                          const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride,
-                         int num_rows, int layer) {
+                         int layer) {
   Args p{};
   p.bias = bias; p.h = h; p.gamma = gamma; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
   p.seq_lens = seq_lens; p.block_table = block_table; p.keys = keys; p.values = values; p.attended = attended; p.part = part;
   p.key_map = &key_map; p.value_map = &value_map; p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error; p.table_stride = table_stride;
-  p.num_rows = num_rows; p.layer = layer;
+  p.num_rows = 1; p.layer = layer;
   run<QKV, HIDDEN>(p, w);
 }
 
-KERNEL(out, OUT, Q_SIZE)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, float* h, int num_rows) {
+KERNEL(out, OUT, Q_SIZE)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, float* h) {
   Args p{};
-  p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
+  p.bias = bias; p.x = x; p.h = h;
   run<OUT, Q_SIZE>(p, w);
 }
 
-KERNEL(gate_up, GATE_UP, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, u16* y, int num_rows) {
+KERNEL(gate_up, GATE_UP, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, u16* y) {
   Args p{};
-  p.bias = bias; p.h = h; p.gamma = gamma; p.y = y; p.num_rows = num_rows;
+  p.bias = bias; p.h = h; p.gamma = gamma; p.y = y;
   run<GATE_UP, HIDDEN>(p, w);
 }
 
-KERNEL(down, DOWN, FFN)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, float* h, int num_rows) {
+KERNEL(down, DOWN, FFN)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, float* h) {
   Args p{};
-  p.bias = bias; p.x = x; p.h = h; p.num_rows = num_rows;
+  p.bias = bias; p.x = x; p.h = h;
   run<DOWN, FFN>(p, w);
 }
 
-KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, float* h, const float* gamma, const int* rows, float* logits, float2* best, int* epoch,
-                           int num_rows) {
+KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, float* h, const float* gamma, const int* rows, float* logits, float2* best, int* epoch) {
   Args p{};
-  p.h = h; p.gamma = gamma; p.rows = rows; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
+  p.h = h; p.gamma = gamma; p.rows = rows; p.logits = logits; p.best = best; p.epoch = epoch;
   run<HEAD, HIDDEN>(p, w);
 }

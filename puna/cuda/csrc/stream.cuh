@@ -1,4 +1,4 @@
-// Streaming weights: what a tile is, which part of it a warp has, and the ring through which it comes. Shared memory of a kernel.
+// Streaming weights: what a tile is, which part of it a warp has, and the ring through which it comes.
 #pragma once
 #include "sm90.cuh"
 
@@ -15,9 +15,9 @@ enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
 
 struct Args {
   const float* bias;        // [N], where the kernel has one
-  const u16* x;             // OUT, DOWN: [ROWS, K]
+  const u16* x;             // [ROWS, K]; of one row where there is no norm before it
   float* h;                 // the residual [ROWS, HIDDEN]
-  const float* gamma;       // QKV, GATE_UP, HEAD: [HIDDEN]
+  const float* gamma;       // [HIDDEN]: of one row, of QKV, GATE_UP, HEAD; of more, of OUT and DOWN, of the next norm, or null
   u16* y;                   // GATE_UP: [ROWS, FFN]
   float* logits;            // HEAD: [ROWS, VOCAB]
   float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
