@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from io import TextIOWrapper
+from io import BufferedWriter, RawIOBase, TextIOWrapper
 from typing import NoReturn
 
 from puna.cli import bench, build, chat, inspect, launch, quickstart, run, summarize
@@ -90,10 +90,20 @@ def _one_line(text: str) -> str:
 
 
 def _print_anything() -> None:
-    """A file name that is no Unicode, or a terminal that is not UTF-8, must not end a command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """A file name that is no Unicode, or a terminal that is not UTF-8, must not end a command.
+
+    Nor may a write that a signal cut short lose the rest, as it does below PYTHONUNBUFFERED or -u:
+    there the text layer ignores how much the file took (CPython issue 85393).
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        if stream is getattr(sys, f"__{name}__") and isinstance(stream.buffer, RawIOBase):
+            whole = BufferedWriter(stream.buffer)
+            form = (stream.encoding, stream.errors, None)
+            setattr(sys, name, TextIOWrapper(whole, *form, line_buffering=True))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from small_models import (
@@ -20,6 +22,7 @@ from small_models import (
     listing,
 )
 
+from puna.cli import exit_status
 from puna.errors import PunaError
 
 
@@ -34,6 +37,35 @@ def test_exit_status_and_one_line(engine: Path, tmp_path: Path) -> None:
         assert (found.returncode, found.stdout) == (2, b""), found
         assert found.stderr.startswith(b"puna: ") and found.stderr.count(b"\n") == 1, found
         assert b"\x1b" not in found.stderr
+
+
+class Halting(io.RawIOBase):
+    """A file that takes at most seven bytes a write, as a terminal may when a signal arrives."""
+
+    def __init__(self) -> None:
+        self.taken = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.taken += bytes(data[:7])
+        return min(len(data), 7)
+
+
+def test_unbuffered_output_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PYTHONUNBUFFERED makes of stdout; a short write lost the rest of an article."""
+    text = "An article of several words.\nAnd its summary\n"
+    for cut in (True, False):
+        raw = Halting()
+        stream = io.TextIOWrapper(cast("io.BufferedIOBase", raw), "utf-8", write_through=True)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "__stdout__", stream)
+        if cut:
+            sys.stdout.write(text)
+        else:
+            assert exit_status(lambda: print(text, end="") or 0) == 0
+        assert (raw.taken.decode() == text) != cut
 
 
 def test_traceback_only_with_debug(puna: Puna, tmp_path: Path) -> None:
