@@ -81,11 +81,13 @@ def main() -> None:
         print(f"  the table's: {matrices.line(mine[0]) if mine else '?'}  {shape_of(kernel)}")
 
 
-def config_for(model: str, dtype: Any, target: str, num_layers: int | None = None) -> EngineConfig:
+def config_for(
+    model: str, dtype: Any, target: str, num_layers: int | None = None, max_seq_len: int = 4096
+) -> EngineConfig:
     spec = parse_preset(model)
     spec = replace(spec, num_layers=num_layers or spec.num_layers)
     facts = CheckpointFacts(spec, {}, GenerationDefaults(), Provenance(model, "dummy", {}, "0", ()))
-    return plan(facts, BuildConfig(dtype=dtype, target=target, max_seq_len=4096))
+    return plan(facts, BuildConfig(dtype=dtype, target=target, max_seq_len=max_seq_len))
 
 
 def shape_of(kernel: TritonKernel) -> GemmShape:

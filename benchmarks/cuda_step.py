@@ -1,12 +1,13 @@
 """Steps of a model on a GPU, without a scheduler: ms a step, and where they go.
 
-    python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128]
+    python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128 ...]
                                    [--decode 1 8 16 32 64] [--prefill 128 2048]
-                                   [--plain] [--unfused]
+                                   [--plain] [--unfused] [--stream-k]
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
 times graphs of one operation over all layers. `--plain` launches kernels one after the other,
-`--unfused` does without the target's own kernels for a few tokens.
+`--unfused` does without the target's own kernels for a few tokens. `--stream-k` times every step
+with and without `Choices.stream_k`, in turn, and says how far their logits are apart.
 Needs a GPU and Triton.
 """
 
@@ -16,7 +17,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.cuda_gemm import config_for
 from puna.batch import ForwardBatch
@@ -28,6 +29,10 @@ from puna.memory import workspace_specs
 from puna.models.llama.model import Activations, Layer, Llama
 from puna.ops import LayerCache, Linear, Norm, RopeTable
 
+if TYPE_CHECKING:
+    from puna.cuda.ops import CudaOps
+
+Tensor = Any
 ROUNDS = 9
 
 
@@ -35,40 +40,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time steps and their operations.")
     parser.add_argument("--model", default="llama-2-7b", metavar="PRESET")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--context", type=int, nargs="*", default=[128])
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 16, 32, 64])
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 2048])
     parser.add_argument("--plain", action="store_true", help="without overlapping kernels")
     parser.add_argument("--unfused", action="store_true", help="portable kernels only")
+    parser.add_argument(
+        "--stream-k", action="store_true", help="with and without stream-K products"
+    )
     parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")
     args = parser.parse_args()
     import torch
 
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    config = config_for(args.model, args.dtype, target)
+    longest = max(4096, *args.context)
+    config = config_for(args.model, args.dtype, target, max_seq_len=longest)
+    choices = Choices(overlaps=not args.plain)
+    if args.direct is not None:
+        choices = replace(choices, direct_tokens=args.direct)
     start = time.perf_counter()
-    bench = Steps(config, torch, not args.plain, args.direct, not args.unfused)
+    bench = Steps(config, torch, choices, is_fused=not args.unfused)
     print(
         f"{torch.cuda.get_device_name()}, {target}, {args.model} {args.dtype}: kernels and weights "
         f"made in {time.perf_counter() - start:.1f} s, {bench.weight_bytes / 1e9:.2f} GB"
     )
-    for batch in args.decode:
-        bench.report(f"decode {batch} at {args.context}", bench.decode(batch, args.context))
-    for num_tokens in args.prefill:
-        bench.report(f"prefill {num_tokens}", bench.prefill(num_tokens))
+    steps = {
+        f"decode {batch} at {context}": bench.decode(batch, context)
+        for context in args.context
+        for batch in args.decode
+    }
+    steps |= {f"prefill {num_tokens}": bench.prefill(num_tokens) for num_tokens in args.prefill}
+    others = bench.with_choices(replace(choices, stream_k=True)) if args.stream_k else None
+    for what, batch in steps.items():
+        logits_LV = bench.report(what, batch, bench.ops)
+        if others:
+            found_LV = bench.report(f"{what}, stream-K", batch, others)
+            error = (found_LV - logits_LV).norm() / logits_LV.norm()
+            print(f"{'':28} logits {float(error):.1e} apart")
 
 
 class Steps:
     """A model with random weights on the GPU."""
 
     def __init__(
-        self, config: EngineConfig, torch: Any, overlaps: bool, direct: int | None, is_fused: bool
+        self, config: EngineConfig, torch: Any, choices: Choices, *, is_fused: bool
     ) -> None:
         from puna.cuda.driver import Driver
         from puna.cuda.few import fused_ops
         from puna.cuda.graphs import GraphRecorder
         from puna.cuda.library import Library
-        from puna.cuda.ops import CudaOps
+        from puna.cuda.stream_k import stream_k
 
         self.torch, self.config, self.weight_bytes = torch, config, 0
         files = compile_kernels(config)
@@ -81,14 +102,19 @@ class Steps:
             name: torch.zeros(shape, dtype=kinds[dtype.name], device="cuda")
             for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items()
         }
-        choices = Choices(overlaps=overlaps)
-        if direct is not None:
-            choices = replace(choices, direct_tokens=direct)
         num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
-        fused = fused_ops(config, kernels, driver, self.arrays, num_ctas) if is_fused else ()
-        recorder = GraphRecorder()
-        self.ops = CudaOps(config, 0, kernels, self.arrays, recorder, choices, fused=fused)
+        given = config, kernels, driver, self.arrays, num_ctas
+        self._given: Any = config, 0, kernels, self.arrays, GraphRecorder()
+        self._fused = fused_ops(*given) if is_fused else ()
+        self._stream_k = stream_k(*given) if is_fused else None
+        self.ops = self.with_choices(choices)
         self.model = self._model()
+
+    def with_choices(self, choices: Choices) -> CudaOps:
+        """Operations over the same arrays."""
+        from puna.cuda.ops import CudaOps
+
+        return CudaOps(*self._given, choices, fused=self._fused, stream_k=self._stream_k)
 
     def _model(self) -> Llama:
         spec, torch = self.config.spec, self.torch
@@ -169,9 +195,9 @@ class Steps:
             self._integers([num_tokens - 1]),
         )
 
-    def report(self, what: str, batch: ForwardBatch) -> None:
-        """A line for the whole step and one for the operations."""
-        ops, arrays, model = self.ops, self.arrays, self.model
+    def report(self, what: str, batch: ForwardBatch, ops: CudaOps) -> Tensor:
+        """Print a line: the whole step, and its operations. Returns the step's logits."""
+        arrays, model = self.arrays, self.model
         names = ("residual_TD", "partial_TD", "q_TQ", "act_TF")
         act = Activations(*(arrays[name] for name in names))
         num_tokens, num_rows = batch.num_tokens, len(batch.logits_rows_L)
@@ -201,13 +227,14 @@ class Steps:
             "down": each(lambda la: ops.down(act_TF, la.down, x)),
             "head": last,
         }
-        times = ", ".join(f"{name} {self.time(emit):.3f}" for name, emit in parts.items())
-        print(f"{what:20} {self.time(step):8.3f} ms   {times}", flush=True)
+        times = ", ".join(f"{name} {self.time(ops, emit):.3f}" for name, emit in parts.items())
+        print(f"{what:28} {self.time(ops, step):8.3f} ms   {times}", flush=True)
+        return logits_LV.clone()
 
-    def time(self, emit: Callable[[], None]) -> float:
+    def time(self, ops: CudaOps, emit: Callable[[], None]) -> float:
         """Milliseconds, the median."""
         torch = self.torch
-        program = self.ops.record(emit)
+        program = ops.record(emit)
         program.run()
         found = []
         for _ in range(ROUNDS):

@@ -13,6 +13,7 @@ import numpy as np
 
 from puna.cuda.fused_plan import MAX_SPLITS, fused_rows, fused_shapes
 from puna.cuda.gemm_shapes import num_splits
+from puna.cuda.stream_k_plan import part_numbers
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -80,6 +81,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "argmax_index_LC": (INT32, (num_seqs, num_chunks)),
         "last_tokens_R": (INT32, (num_seqs,)),
         **_fused_specs(config),
+        **({"stream_k_parts": (FLOAT32, (parts,))} if (parts := part_numbers(config)) else {}),
     }
 
 

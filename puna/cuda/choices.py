@@ -15,8 +15,11 @@ class Choices:
     `direct_tokens`: up to so many tokens products are skinny kernels that add into the residual,
     beyond it cuBLAS. `decode_programs`: attention of a decode batch is shared out
     among about so many programs. `overlaps`: kernels may start before those in front have ended.
+    `stream_k`: products of a target's own (`puna.cuda.stream_k`) in place of both, for as many
+    tokens as they are for; off until they have been measured on a GPU.
     """
 
     direct_tokens: int = 64
     decode_programs: int = 528
     overlaps: bool = True
+    stream_k: bool = False

@@ -2,8 +2,8 @@
 
 Decides what the files of that directory are: a cubin for each kernel, and `kernels.json`, which
 says for each by name what a launch must know. Which kernels there are is in
-`puna.cuda.kernel_table`. The compilers (Triton; NVRTC through cuda.core) are imported here, when
-they are used, and nowhere else.
+`puna.cuda.kernel_table` and `source_table`. The compilers (Triton; NVRTC through cuda.core) are
+imported here, when they are used, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from puna.cuda.kernel_table import (
-    KERNELS_FILE,
-    CudaKernel,
-    CudaSource,
-    TritonKernel,
-    cuda_sources,
-    triton_kernels,
-)
+from puna.cuda.kernel_table import KERNELS_FILE, TritonKernel, triton_kernels
+from puna.cuda.source_table import CudaKernel, CudaSource, cuda_sources
 from puna.engine import EngineConfig
 from puna.errors import ConfigError
 from puna.strict_json import canonical_json

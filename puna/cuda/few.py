@@ -19,7 +19,7 @@ from puna.cuda.fused import MAX_LAYERS, FusedDecode, attention_arguments
 from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
-from puna.cuda.maps import TensorMaps
+from puna.cuda.maps import FusedMaps
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -65,7 +65,7 @@ class FewDecode:
         self._library = library
         self._arrays = arrays
         self._num_ctas = num_ctas // CLUSTER * CLUSTER
-        self._maps = TensorMaps(shapes, driver)
+        self._maps = FusedMaps(shapes, driver)
         self._projection: _Projection | None = None
         self._held: _AddToStream | None = None
         self._num_layers = 0  # recorded so far; neighbours in a step have different numbers

@@ -15,7 +15,7 @@ from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused_plan import FusedShapes
 from puna.cuda.library import Library
-from puna.cuda.maps import TensorMaps
+from puna.cuda.maps import FusedMaps
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
 Tensor = Any
@@ -53,7 +53,7 @@ class FusedDecode:
         self._num_ctas = num_ctas
         self._projection: _Projection | None = None
         self._num_layers = 0  # recorded so far; neighbours in a step have different numbers
-        self._maps = TensorMaps(shapes, driver)
+        self._maps = FusedMaps(shapes, driver)
 
     def qkv(
         self,
@@ -138,7 +138,7 @@ class FusedDecode:
 
 def attention_arguments(
     arrays: dict[str, Tensor],
-    maps: TensorMaps,
+    maps: FusedMaps,
     rope: RopeTable,
     batch: ForwardBatch,
     cache: LayerCache,

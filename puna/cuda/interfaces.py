@@ -123,3 +123,25 @@ class FusedOps(Protocol):
         """Launch what was held back: an operation may wait to see which one comes next. Called
         before anything else is launched, and at the end of a recording."""
         ...
+
+
+class StreamKProducts(Protocol):
+    """Products of some target for up to `most_tokens` tokens, in parts that their reader adds:
+    `puna.cuda.stream_k.StreamK`."""
+
+    most_tokens: int
+    parts: Tensor
+
+    def cut(self, role: str) -> tuple[int, int]:
+        """Of a role's product: CTAs, and chunks of a block; for whoever reads it."""
+        ...
+
+    def product(
+        self, role: str, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, overlaps: bool
+    ) -> None:
+        """`parts` = x W^T + bias. `overlaps` as in `Kernels.launch`."""
+        ...
+
+    def logits(
+        self, x_LK: Tensor, weight_NK: Tensor, logits_LV: Tensor, overlaps: bool
+    ) -> None: ...

@@ -1,7 +1,8 @@
-"""Which kernels an engine has, with their constants: the one list that build and tests read.
+"""Which kernels in Triton an engine has, with their constants: what build and tests read. Those in
+CUDA C++, which some targets have, are listed in `puna.cuda.source_table`.
 
 Pure, from `EngineConfig`: it names functions of `puna.cuda.kernels` and knows neither Triton nor a
-GPU. Kernels of a target of its own (CUDA C++) are listed in `cuda_sources`.
+GPU.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
 from puna.cuda.gemm_shapes import early_columns, gemm_shape, overlaps, stretch
+from puna.cuda.stream_k_plan import (
+    PART_TOKENS,
+    Cut,
+    stream_k_cuts,
+)
 from puna.cuda_memory import (
     ARGMAX_CHUNK,
     MAX_PARTS,
@@ -44,29 +49,6 @@ class TritonKernel:
     constants: tuple[tuple[str, Constant], ...]
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class CudaKernel:
-    """A kernel of a CUDA C++ source, whose function is `entry`; `arguments` are the types of its
-    parameters as in `TritonKernel`, "map" a tensor map."""
-
-    name: str
-    entry: str
-    arguments: tuple[tuple[str, str], ...]
-    num_warps: int
-    shared: int  # dynamic shared memory, bytes
-    overlaps: bool  # waits for the kernels before it by itself
-
-
-@dataclass(frozen=True)
-class CudaSource:
-    """A CUDA C++ source in puna/cuda/csrc, compiled with `defines` to one cubin, `name`."""
-
-    name: str
-    source: str
-    defines: tuple[tuple[str, Constant], ...]
-    kernels: tuple[CudaKernel, ...]
 
 
 @dataclass(frozen=True)
@@ -115,119 +97,15 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
     """Every Triton kernel of an engine."""
     shapes, dtype = _shapes(config), {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     spec, target = config.spec, config.target
+    biases = spec.attention_bias, spec.mlp_bias
     kernels = (
-        *_row_kernels(shapes, dtype, spec.rms_norm_eps, spec.attention_bias, spec.mlp_bias),
-        *_gemms(shapes, dtype, target, spec.attention_bias, spec.mlp_bias),
+        *_row_kernels(shapes, dtype, stream_k_cuts(config), spec.rms_norm_eps, *biases),
+        *_gemms(shapes, dtype, target, *biases),
         *_attention(shapes, dtype, target),
         *_argmax(shapes),
     )
     flag = ("OVERLAPS", overlaps(target))
     return tuple(replace(kernel, constants=(*kernel.constants, flag)) for kernel in kernels)
-
-
-def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
-    """CUDA C++ sources of the engine's target."""
-    return (_BANDWIDTH, *(_fused_source(config, rows) for rows in fused_rows(config)))
-
-
-_BANDWIDTH = CudaSource(
-    "bandwidth",
-    "bandwidth.cu",
-    (),
-    (
-        CudaKernel(
-            "read_only",
-            "read_only",
-            (("data", "*i32"), ("num_pieces", "i64"), ("sum", "*i32")),
-            num_warps=16,
-            shared=0,
-            overlaps=False,
-        ),
-    ),
-)
-
-
-def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
-    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
-    shapes = fused_shapes(config)
-    few = {1: _one_token, 8: _few_tokens, 16: _few_tokens}[rows](dtype)
-    kernels = [
-        CudaKernel(f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows), True)
-        for name, arguments in few.items()
-    ]
-    if rows > 1:
-        enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
-        kernels.append(CudaKernel(f"enter_{rows}", "enter", enter, 8, 8 * 4, True))
-    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
-    kernels.append(CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True))
-    source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"
-    defines = tuple(fused_defines(config, rows).items())
-    return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
-
-
-_WEIGHT = (("w", "map"), ("bias", "*fp32"))
-_COUNT = (("num_rows", "i32"),)
-_LAYER = (("layer", "i32"),)
-
-
-def _integers(*names: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, "*i32") for name in names)
-
-
-def _attention_arguments(dtype: str) -> tuple[tuple[str, str], ...]:
-    """Those of qkv behind its input."""
-    return (
-        ("cos", "*fp32"),
-        ("sin", "*fp32"),
-        *_integers("positions", "slots", "seq_lens", "block_table"),
-        ("keys", dtype),
-        ("values", dtype),
-        ("key_map", "map"),
-        ("value_map", "map"),
-        ("attended", dtype),
-        ("part", "*fp32"),
-        *_integers("fresh", "epoch", "split_count", "error"),
-        ("table_stride", "i32"),
-    )
-
-
-def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
-    residual = (("h", "*fp32"),)
-    norm, add = (*residual, ("gamma", "*fp32")), (*_WEIGHT, ("x", dtype), *residual)
-    return {
-        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype), *_LAYER),
-        "out": add,
-        "gate_up": (*_WEIGHT, *norm, ("y", dtype)),
-        "down": add,
-        "head": (
-            ("w", "map"),
-            *norm,
-            ("rows", "*i32"),
-            ("logits", "*fp32"),
-            ("best", "*fp32"),
-            ("epoch", "*i32"),
-        ),
-    }
-
-
-def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
-    x, add = (*_WEIGHT, ("x", dtype)), (("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype))
-    normed = (*x, ("sums", "*fp32"), ("is_finished", "i32"))
-    adds = (*x, *add, ("new_sums", "*fp32"), *_COUNT)
-    return {
-        "qkv": (*normed, *_attention_arguments(dtype), *_COUNT, *_LAYER),
-        "out": adds,
-        "gate_up": (*normed, ("y", dtype), *_COUNT),
-        "down": adds,
-        "head": (
-            ("w", "map"),
-            ("x", dtype),
-            ("logits", "*fp32"),
-            ("best", "*fp32"),
-            ("epoch", "*i32"),
-            *_COUNT,
-        ),
-    }
 
 
 def _shapes(config: EngineConfig) -> _Shapes:
@@ -249,53 +127,94 @@ def _shapes(config: EngineConfig) -> _Shapes:
     )
 
 
+@dataclass(frozen=True)
+class _Product:
+    """How a kernel reads a product: of `kind`, whole or in at most `splits` parts (the other
+    constants as in `puna.cuda.kernels.rows`). `suffix`: of the kernel's name."""
+
+    suffix: str
+    kind: str
+    splits: int = 1
+    part_rows: int = PART_ROWS
+    blocks: int = 0
+
+    @property
+    def constants(self) -> tuple[tuple[str, Constant], ...]:
+        return ("SPLITS", self.splits), ("PART_ROWS", self.part_rows), ("BLOCKS", self.blocks)
+
+
+def _of_stream_k(*cuts: Cut) -> _Product:
+    """Products of as many rows that one kernel reads."""
+    most = max(cut.most_parts for cut in cuts)
+    return _Product("_stream_k", "*fp32", most, PART_TOKENS, cuts[0].num_blocks)
+
+
 def _row_kernels(
-    s: _Shapes, dtype: str, eps: float, attention_bias: bool, mlp_bias: bool
+    s: _Shapes,
+    dtype: str,
+    cuts: dict[str, Cut],
+    eps: float,
+    attention_bias: bool,
+    mlp_bias: bool,
 ) -> list[TritonKernel]:
-    block = power_of_two(s.d)
-    warps = min(max(block // 512, 1), 8)
-    table = (("V", s.vocab_size), ("D", s.d), ("KP", padded_cols(s.d)), ("BLOCK", block))
-    kernels = []
     # What of a stream is beside its residual: nothing, `partial`, or the parts of a product.
-    for beside, kind, splits in (
-        ("", dtype, 1),
-        ("_partial", dtype, 1),
-        ("_parts", "*fp32", s.splits),
-    ):
-        parts = (("SPLITS", splits), ("PART_ROWS", PART_ROWS))
-        embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
-        embed += (("residual_TD", "*fp32"), ("partial_TD", kind))
-        constants = (*table, ("CLEARS", bool(beside)), *parts)
-        kernels.append(TritonKernel(f"embed{beside}", "rows", "embed", embed, constants, warps, 1))
-        norm = (("residual_TD", "*fp32"), ("partial_TD", kind), ("weight_D", "*fp32"))
-        norm += (("out_TD", dtype), ("rows_L", "*i32"))
-        for pick in ("", "_pick"):
-            constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
-            constants += (("ADD_PARTIAL", bool(beside)), ("PICK_ROWS", bool(pick)), *parts)
-            name = f"norm{beside}{pick}"
-            kernels.append(TritonKernel(name, "rows", "norm", norm, constants, warps, 1))
+    beside = [_Product("", dtype), _Product("_partial", dtype)]
+    beside.append(_Product("_parts", "*fp32", s.splits))
+    qkv = [_Product("", dtype), _Product("_parts", "*fp32", s.qkv_splits)]
+    gate_up = [_Product("", dtype)]
+    if cuts:
+        beside.append(_of_stream_k(cuts["o"], cuts["down"]))
+        qkv.append(_of_stream_k(cuts["qkv"]))
+        gate_up.append(_of_stream_k(cuts["gate_up"]))
+    kernels = _stream_kernels(s, dtype, beside, eps)
+    cut = (("num_ctas", "i32"), ("num_chunks", "i32"))
     rotated = (("H", s.h), ("K", s.k), ("E", s.e), ("P", s.p), ("XS", s.qkv))
     rotated += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", attention_bias))
     rotated += (("CLIP", dtype == "*fp16"), ("HEADS", ROPE_HEADS))
     rotated += (("HALF", power_of_two(s.e // 2)),)
-    for name, kind, splits in (
-        ("rope_append", dtype, 1),
-        ("rope_append_parts", "*fp32", s.qkv_splits),
-    ):
-        rope = (("qkv_TX", kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
+    for it in qkv:
+        rope = (("qkv_TX", it.kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
         rope += (("positions_T", "*i32"), ("slots_T", "*i32"), ("q_TQ", dtype))
-        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype))
-        constants = (*rotated, ("SPLITS", splits), ("PART_ROWS", PART_ROWS))
+        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype), *cut)
+        constants, name = (*rotated, *it.constants), f"rope_append{it.suffix}"
         kernels.append(TritonKernel(name, "rows", "rope_append", rope, constants, 4, 1))
-    silu = (("gate_up_TX", dtype), ("bias_N", "*fp32"), ("act_TF", dtype))
     up_at = padded_rows(s.f)
-    constants = (("F", s.f), ("XS", 2 * up_at), ("UP_AT", up_at), ("HAS_BIAS", mlp_bias))
-    constants += (("BLOCK", ROW_BLOCK),)
-    kernels.append(TritonKernel("silu_mul", "rows", "silu_mul", silu, constants, 4, 1))
+    activated = (("F", s.f), ("XS", 2 * up_at), ("UP_AT", up_at), ("HAS_BIAS", mlp_bias))
+    activated += (("BLOCK", ROW_BLOCK),)
+    for it in gate_up:
+        silu = (("gate_up_TX", it.kind), ("bias_N", "*fp32"), ("act_TF", dtype), *cut)
+        constants, name = (*activated, *it.constants), f"silu_mul{it.suffix}"
+        kernels.append(TritonKernel(name, "rows", "silu_mul", silu, constants, 4, 1))
     if attention_bias or mlp_bias:
         bias = (("y_TN", dtype), ("bias_N", "*fp32"))
         constants = (("N", s.d), ("BLOCK", ROW_BLOCK))
         kernels.append(TritonKernel("add_bias", "rows", "add_bias", bias, constants, 4, 1))
+    return kernels
+
+
+def _stream_kernels(
+    s: _Shapes, dtype: str, beside: list[_Product], eps: float
+) -> list[TritonKernel]:
+    """Those that write and read the residual and what is beside it."""
+    block = power_of_two(s.d)
+    warps = min(max(block // 512, 1), 8)
+    table = (("V", s.vocab_size), ("D", s.d), ("KP", padded_cols(s.d)), ("BLOCK", block))
+    cut = (("num_ctas", "i32"), ("num_chunks", "i32"))
+    kernels: list[TritonKernel] = []
+    for it in beside:
+        is_beside = bool(it.suffix)
+        embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
+        embed += (("residual_TD", "*fp32"), ("partial_TD", it.kind), *cut)
+        constants = (*table, ("CLEARS", is_beside), *it.constants)
+        name = f"embed{it.suffix}"
+        kernels.append(TritonKernel(name, "rows", "embed", embed, constants, warps, 1))
+        norm = (("residual_TD", "*fp32"), ("partial_TD", it.kind), ("weight_D", "*fp32"))
+        norm += (("out_TD", dtype), ("rows_L", "*i32"), *cut)
+        for pick in ("", "_pick"):
+            constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
+            constants += (("ADD_PARTIAL", is_beside), ("PICK_ROWS", bool(pick)), *it.constants)
+            name = f"norm{it.suffix}{pick}"
+            kernels.append(TritonKernel(name, "rows", "norm", norm, constants, warps, 1))
     return kernels
 
 

@@ -1,4 +1,4 @@
-"""Tensor maps of weights and KV caches for the fused kernels of sm_90, made once each."""
+"""Tensor maps for the kernels of sm_90, made once each."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused_plan import CACHE_BOX, FusedShapes, weight_box
 
 Tensor = Any
+Box = tuple[int, int, int]
 
 
 class TensorMaps:
-    """By kernel, address and size: an address may come to hold another array."""
+    """By address and what they describe: an address may come to hold another array."""
 
-    def __init__(self, shapes: FusedShapes, driver: Driver) -> None:
-        self._shapes = shapes
+    def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._maps: dict[tuple[Any, ...], TensorMap] = {}
 
-    def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
-        key = kernel, weight_NK.data_ptr(), len(weight_NK)
+    def get(self, array: Tensor, dims: Box, box: Box, *, is_swizzled: bool = False) -> TensorMap:
+        """`Driver.tensor_map` of an array."""
+        key = array.data_ptr(), dims, box, is_swizzled
         if key not in self._maps:
-            dims, box = weight_box(self._shapes, kernel, len(weight_NK))
-            self._maps[key] = self._driver.tensor_map(weight_NK.data_ptr(), dims, box)
+            self._maps[key] = self._driver.tensor_map(*key[:3], is_swizzled=is_swizzled)
         return self._maps[key]
+
+
+class FusedMaps(TensorMaps):
+    """Of weights and KV caches, as the fused kernels copy them."""
+
+    def __init__(self, shapes: FusedShapes, driver: Driver) -> None:
+        super().__init__(driver)
+        self._shapes = shapes
+
+    def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
+        return self.get(weight_NK, *weight_box(self._shapes, kernel, len(weight_NK)))
 
     def cache(self, cache_NKPE: Tensor) -> TensorMap:
         num_blocks, num_kv_heads, block_size, head_dim = cache_NKPE.shape
         dims = head_dim, block_size, num_blocks * num_kv_heads
-        key = "cache", cache_NKPE.data_ptr(), dims
-        if key not in self._maps:
-            self._maps[key] = self._driver.tensor_map(
-                cache_NKPE.data_ptr(), dims, CACHE_BOX, is_swizzled=True
-            )
-        return self._maps[key]
+        return self.get(cache_NKPE, dims, CACHE_BOX, is_swizzled=True)

@@ -6,9 +6,10 @@ tokens decide between them is in `puna.cuda.choices`. It knows nothing of how a 
 The residual is float32; what feeds a product, and `partial`, have the engine's dtype. Beyond
 `Choices.direct_tokens` tokens cuBLAS computes the products: it writes `partial`, and the consumer
 adds it. Up to so many, and always where the engine runs deterministically, they are skinny ones,
-which add into the residual or leave parts for the consumer to add; `partial` is not touched. Which
-it is depends on the stream's number of tokens alone, so operations of one step may be recorded
-apart.
+which add into the residual or leave parts for the consumer to add; `partial` is not touched. Some
+targets have products of their own for numbers on either side of that bound, which leave parts too
+(`StreamKProducts`), and whole operations for the fewest tokens (`FusedOps`). Which it is depends on
+the stream's number of tokens alone, so operations of one step may be recorded apart.
 
 Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding included.
 """
@@ -23,8 +24,17 @@ import torch
 
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
-from puna.cuda.interfaces import FusedOps, Grid, Kernels, Matrix, Recorder, Tensor, joined
+from puna.cuda.interfaces import (
+    FusedOps,
+    Kernels,
+    Matrix,
+    Recorder,
+    StreamKProducts,
+    Tensor,
+    joined,
+)
 from puna.cuda.kernel_table import GEMM_TILES, ROPE_HEADS, ROW_BLOCK
+from puna.cuda.launches import Launches
 from puna.cuda_memory import ARGMAX_CHUNK, PART_ROWS, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
@@ -37,7 +47,8 @@ class CudaOps:
 
     `deterministic`: a row's result depends on nothing but the row (products and attention in one
     fixed order, whatever the batch). `fused` are kernels for a few tokens, where the target has
-    some: each for up to so many tokens and for more than the one before it.
+    some: each for up to so many tokens and for more than the one before it; `stream_k` its products
+    for more.
     """
 
     def __init__(
@@ -51,20 +62,21 @@ class CudaOps:
         *,
         deterministic: bool = False,
         fused: tuple[tuple[int, FusedOps], ...] = (),
+        stream_k: StreamKProducts | None = None,
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
         # They read the residual alone: nothing may be left beside it.
         assert all(most <= choices.direct_tokens for most, _ in fused), choices
         self._kernels = kernels
         self._arrays = arrays
-        self._recorder = recorder
+        self._launches = Launches(
+            kernels, recorder, tuple(ops for _, ops in fused), choices.overlaps
+        )
         self._choices = choices
         self._is_deterministic = deterministic
         self._fused = fused
-        self._state = "idle"
+        self._stream_k = None if deterministic or not choices.stream_k else stream_k
         self._fused_head: FusedOps | None = None  # of what is being recorded
-        self._is_behind_a_kernel = False  # of this backend's own
-        self._known_products: set[tuple[int, int, int]] = set()
 
     def load_matrix(
         self,
@@ -79,30 +91,23 @@ class CudaOps:
         return Matrix(data_NK, num_rows, num_cols)
 
     def record(self, emit: Callable[[], None]) -> Program:
-        assert self._state == "idle", "already recording"
-        try:
-            # cuBLAS allocates and loads when it meets a product for the first time, which it may
-            # not do while a graph is recorded. What it writes then is scratch between two steps.
-            self._state = "preparing"
-            self._recorder.prepare(emit)
-            self._state = "recording"
-            self._is_behind_a_kernel = False
-            return self._recorder.record(partial(self._emit, emit))
-        finally:
-            self._state = "idle"
-
-    def _emit(self, emit: Callable[[], None]) -> None:
-        emit()
-        self._finish_fused()
+        return self._launches.record(emit)
 
     def embed(self, token_ids_T: Tensor, table: Linear, x: Stream) -> None:
         (matrix,) = table.weights
         beside, array = self._beside(x)
         last_tokens_R = self._arrays["last_tokens_R"]
-        self._launch(
+        self._launches.launch(
             f"embed{beside}",
             (len(token_ids_T), 1, 1),
-            (token_ids_T, last_tokens_R, matrix.data_NK, x.residual_TD, array),
+            (
+                token_ids_T,
+                last_tokens_R,
+                matrix.data_NK,
+                x.residual_TD,
+                array,
+                *self._cut("down", x),
+            ),
         )
 
     def qkv(
@@ -117,16 +122,20 @@ class CudaOps:
     ) -> None:
         weight_XK = joined(linear)
         if batch.is_decode and (fused := self._fused_for("qkv", x)):
-            self._run(
+            self._launches.fused(
                 partial(fused.qkv, x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
             )
             return
         num_tokens, q_size = q_TQ.shape
         normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
-        self._norm(x, norm, normed_TD)
+        self._norm(x, norm, normed_TD, "down")
         name = "rope_append"
-        if not self._is_direct(x):
-            self._product(normed_TD, weight_XK, qkv_TX)
+        if stream_k := self._stream_k_for(x):
+            name = "rope_append_stream_k"
+            self._stream_k_product("qkv", normed_TD, weight_XK, None)
+            qkv_TX = stream_k.parts
+        elif not self._is_direct(x):
+            self._launches.product(normed_TD, weight_XK, qkv_TX)
         elif self._leaves_parts("qkv", num_tokens):
             name = "rope_append_parts"
             self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX, self._arrays["product_parts"])
@@ -135,7 +144,7 @@ class CudaOps:
             self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX)
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
         num_heads = q_size // head_dim + 2 * num_kv_heads
-        self._launch(
+        self._launches.launch(
             name,
             (num_tokens, -(-num_heads // ROPE_HEADS), 1),
             (
@@ -148,6 +157,7 @@ class CudaOps:
                 q_TQ,
                 cache.keys_NKEP,
                 cache.values_NKPE,
+                *self._cut("qkv", x),
             ),
         )
 
@@ -156,7 +166,9 @@ class CudaOps:
     ) -> None:
         (matrix,) = out.weights
         if batch.is_decode and (fused := self._fused_for("attention", x)):
-            self._run(partial(fused.attention, q_TQ, batch, cache, matrix.data_NK, out.bias_N, x))
+            self._launches.fused(
+                partial(fused.attention, q_TQ, batch, cache, matrix.data_NK, out.bias_N, x)
+            )
             return
         attended_TQ = self._scratch("attended_TQ", x)
         if batch.is_decode and not self._is_deterministic:
@@ -174,7 +186,7 @@ class CudaOps:
         most = -(-max_blocks // self._kernels.constant("decode", "MIN_BLOCKS"))
         wanted = -(-self._choices.decode_programs // (num_seqs * num_kv_heads))
         shared_by = min(wanted, most, self._kernels.constant("decode", "PARTS"))
-        self._launch(
+        self._launches.launch(
             "decode",
             (num_seqs, num_kv_heads, shared_by),
             (
@@ -189,7 +201,7 @@ class CudaOps:
             ),
         )
         grid = (num_seqs, q_TQ.shape[1] // head_dim, 1)
-        self._launch("combine", grid, (batch.seq_lens_S, *parts, out_TQ))
+        self._launches.launch("combine", grid, (batch.seq_lens_S, *parts, out_TQ))
 
     def _attend_prefill(
         self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor
@@ -198,7 +210,7 @@ class CudaOps:
         num_seqs, max_blocks = batch.block_table_SM.shape
         num_tiles = len(q_TQ) // self._kernels.constant("prefill", "TOKENS")
         assert num_seqs <= self._kernels.constant("prefill", "SEQS"), num_seqs
-        self._launch(
+        self._launches.launch(
             "prefill",
             # Enough for a few sequences; where there are more, programs take several tiles.
             (num_tiles + min(num_seqs, 8), num_kv_heads, 1),
@@ -218,23 +230,28 @@ class CudaOps:
     def gate_up(self, x: Stream, norm: Norm, linear: Linear, act_TF: Tensor) -> None:
         weight_XK = joined(linear)
         if fused := self._fused_for("gate_up", x):
-            self._run(partial(fused.gate_up, x, norm, weight_XK, linear.bias_N, act_TF))
+            self._launches.fused(partial(fused.gate_up, x, norm, weight_XK, linear.bias_N, act_TF))
             return
         normed_TD = self._scratch("normed_TD", x)
-        self._norm(x, norm, normed_TD)
-        if self._is_direct(x):
+        self._norm(x, norm, normed_TD, "o")
+        num_tokens, ffn = act_TF.shape
+        name, gate_up_TX = "silu_mul", self._scratch("gate_up_TX", x)
+        if stream_k := self._stream_k_for(x):
+            name, gate_up_TX = "silu_mul_stream_k", stream_k.parts
+            self._stream_k_product("gate_up", normed_TD, weight_XK, None)
+        elif self._is_direct(x):
             self._gemm("gate_up", normed_TD, weight_XK, linear.bias_N, act_TF)
             return
-        gate_up_TX = self._scratch("gate_up_TX", x)
-        self._product(normed_TD, weight_XK, gate_up_TX)
-        num_tokens, ffn = act_TF.shape
+        else:
+            self._launches.product(normed_TD, weight_XK, gate_up_TX)
         grid = (num_tokens, -(-ffn // ROW_BLOCK), 1)
-        self._launch("silu_mul", grid, (gate_up_TX, self._bias(linear), act_TF))
+        arguments = gate_up_TX, self._bias(linear), act_TF, *self._cut("gate_up", x)
+        self._launches.launch(name, grid, arguments)
 
     def down(self, act_TF: Tensor, linear: Linear, x: Stream) -> None:
         if fused := self._fused_for("down", x):
             (matrix,) = linear.weights
-            self._run(partial(fused.down, act_TF, matrix.data_NK, linear.bias_N, x))
+            self._launches.fused(partial(fused.down, act_TF, matrix.data_NK, linear.bias_N, x))
             return
         self._into_stream("down", act_TF, linear, x)
 
@@ -245,16 +262,19 @@ class CudaOps:
         fused = self._fused_for("head", x) if len(rows_L) <= len(x.residual_TD) else None
         self._fused_head = fused
         if fused:
-            self._run(partial(fused.head, x, rows_L, norm, matrix.data_NK, logits_LV))
+            self._launches.fused(partial(fused.head, x, rows_L, norm, matrix.data_NK, logits_LV))
             return
         normed_LD = self._arrays["normed_TD"][: len(rows_L)]
         beside, array = self._beside(x)
-        self._launch(
+        self._launches.launch(
             f"norm{beside}_pick",
             (len(rows_L), 1, 1),
-            (x.residual_TD, array, norm.weight_D, normed_LD, rows_L),
+            (x.residual_TD, array, norm.weight_D, normed_LD, rows_L, *self._cut("down", x)),
         )
-        self._gemm("head", normed_LD, matrix.data_NK, None, logits_LV)
+        if (stream_k := self._stream_k) and len(rows_L) <= stream_k.most_tokens:
+            self._launches.own(partial(stream_k.logits, normed_LD, matrix.data_NK, logits_LV))
+        else:
+            self._gemm("head", normed_LD, matrix.data_NK, None, logits_LV)
 
     def sample_greedy(
         self, logits_LV: Tensor, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor
@@ -263,14 +283,14 @@ class CudaOps:
         several are; rows below 0 write no last token."""
         if self._fused_head:
             sample = self._fused_head.sample_greedy
-            self._run(partial(sample, rows_L, last_tokens_R, out_tokens_L))
+            self._launches.fused(partial(sample, rows_L, last_tokens_R, out_tokens_L))
             return
         num_rows, vocab = logits_LV.shape
         largest = self._arrays["argmax_value_LC"], self._arrays["argmax_index_LC"]
         num_chunks = -(-vocab // ARGMAX_CHUNK)
-        self._launch("argmax_chunks", (num_rows, num_chunks, 1), (logits_LV, *largest))
+        self._launches.launch("argmax_chunks", (num_rows, num_chunks, 1), (logits_LV, *largest))
         arguments = (*largest, rows_L, last_tokens_R, out_tokens_L)
-        self._launch("argmax_rows", (num_rows, 1, 1), arguments)
+        self._launches.launch("argmax_rows", (num_rows, 1, 1), arguments)
 
     def copy_blocks(self, kv_arrays: tuple[Tensor, ...], copies_C2: Any) -> None:
         """Copy KV blocks (source, destination) on the current stream, at once."""
@@ -283,12 +303,14 @@ class CudaOps:
         return self._is_deterministic or len(x.residual_TD) <= self._choices.direct_tokens
 
     def _leaves_parts(self, role: str, num_tokens: int) -> bool:
-        """Whether a skinny product leaves it to its consumer to add its parts."""
+        """Of a skinny product."""
         return num_tokens <= PART_ROWS and self._kernels.constant(f"gemm_{role}_16", "SPLITS") > 1
 
     def _beside(self, x: Stream) -> tuple[str, Tensor]:
         """What of a stream is beside its residual, by the number of its rows: nothing, the parts of
         a product, or `partial`."""
+        if stream_k := self._stream_k_for(x):
+            return "_stream_k", stream_k.parts
         if not self._is_direct(x):
             return "_partial", x.partial_TD
         if self._few(x) is None and self._leaves_parts("o", len(x.residual_TD)):
@@ -302,18 +324,27 @@ class CudaOps:
         num_tokens = len(x.residual_TD)
         return next((fused for most, fused in self._fused if num_tokens <= most), None)
 
+    def _stream_k_for(self, x: Stream) -> StreamKProducts | None:
+        """The target's products in parts for a stream of so many rows."""
+        stream_k = self._stream_k
+        if stream_k is None or self._few(x):
+            return None
+        return stream_k if len(x.residual_TD) <= stream_k.most_tokens else None
+
+    def _cut(self, role: str, x: Stream) -> tuple[int, int]:
+        """For who reads a role's product, where its parts are the target's own."""
+        stream_k = self._stream_k_for(x)
+        return stream_k.cut(role) if stream_k else (0, 0)
+
+    def _stream_k_product(
+        self, role: str, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None
+    ) -> None:
+        assert self._stream_k
+        self._launches.own(partial(self._stream_k.product, role, x_MK, weight_NK, bias_N))
+
     def _fused_for(self, operation: str, x: Stream) -> FusedOps | None:
         fused = self._few(x)
         return fused if fused and operation in fused.operations else None
-
-    def _run(self, fused: Callable[[], None]) -> None:
-        if self._is_recording():
-            fused()
-            self._is_behind_a_kernel = False  # of this file's: how that one waits is not known
-
-    def _finish_fused(self) -> None:
-        for _, fused in self._fused:
-            fused.finish()
 
     def _scratch(self, name: str, x: Stream) -> Tensor:
         return self._arrays[name][: len(x.residual_TD)]
@@ -322,27 +353,30 @@ class CudaOps:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if linear.bias_N is None else linear.bias_N
 
-    def _norm(self, x: Stream, norm: Norm, out_TD: Tensor) -> None:
+    def _norm(self, x: Stream, norm: Norm, out_TD: Tensor, before: str) -> None:
+        """`before`: the role of the product that was added last."""
         beside, array = self._beside(x)
-        self._launch(
-            f"norm{beside}",
-            (len(out_TD), 1, 1),
-            (x.residual_TD, array, norm.weight_D, out_TD, self._arrays["last_tokens_R"]),
+        arguments = x.residual_TD, array, norm.weight_D, out_TD, self._arrays["last_tokens_R"]
+        self._launches.launch(
+            f"norm{beside}", (len(out_TD), 1, 1), (*arguments, *self._cut(before, x))
         )
 
     def _into_stream(self, role: str, in_TK: Tensor, linear: Linear, x: Stream) -> None:
         """Add a product to the stream: to its residual, or beside it."""
         (matrix,) = linear.weights
+        if self._stream_k_for(x):
+            self._stream_k_product(role, in_TK, matrix.data_NK, linear.bias_N)
+            return
         beside, array = self._beside(x)
         if beside != "_partial":
             parts = array if beside == "_parts" else None
             self._gemm(role, in_TK, matrix.data_NK, linear.bias_N, x.residual_TD, parts)
             return
-        self._product(in_TK, matrix.data_NK, x.partial_TD)
+        self._launches.product(in_TK, matrix.data_NK, x.partial_TD)
         if linear.bias_N is not None:
             num_tokens, hidden = x.partial_TD.shape
             grid = (num_tokens, -(-hidden // ROW_BLOCK), 1)
-            self._launch("add_bias", grid, (x.partial_TD, linear.bias_N))
+            self._launches.launch("add_bias", grid, (x.partial_TD, linear.bias_N))
 
     def _gemm(
         self,
@@ -367,25 +401,4 @@ class CudaOps:
         bias = self._arrays["rope_cos_PE"] if bias_N is None else bias_N
         grid = (-(-num_tokens // tile), num_programs, num_splits)
         out = y_MN if parts is None else parts
-        self._launch(name, grid, (x_MK, w_NK, bias, out, num_tokens))
-
-    def _product(self, x_TK: Tensor, w_NK: Tensor, y_TN: Tensor) -> None:
-        """y = x W^T by cuBLAS."""
-        (num_tokens, num_cols), num_rows = x_TK.shape, y_TN.shape[1]
-        key = (num_tokens, num_rows, num_cols)
-        if self._is_recording() or key not in self._known_products:
-            self._finish_fused()
-            torch.mm(x_TK, w_NK[:num_rows, :num_cols].T, out=y_TN)
-            self._known_products.add(key)
-            self._is_behind_a_kernel = False
-
-    def _launch(self, name: str, grid: Grid, arguments: tuple[Tensor | int, ...]) -> None:
-        if self._is_recording():
-            self._finish_fused()
-            overlaps = self._choices.overlaps and self._is_behind_a_kernel
-            self._kernels.launch(name, grid, arguments, overlaps)
-            self._is_behind_a_kernel = True
-
-    def _is_recording(self) -> bool:
-        assert self._state != "idle", "operations are called inside record() only"
-        return self._state == "recording"
+        self._launches.launch(name, grid, (x_MK, w_NK, bias, out, num_tokens))

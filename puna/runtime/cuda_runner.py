@@ -27,6 +27,7 @@ from puna.cuda.few import fused_ops
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library, read_kernels
 from puna.cuda.ops import CudaOps
+from puna.cuda.stream_k import stream_k
 from puna.engine import RankMemory
 from puna.errors import EngineError
 from puna.layout import ArraySpec
@@ -352,6 +353,7 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             Choices(),
             deterministic=opening.deterministic,
             fused=fused_ops(config, library, driver, arrays, num_ctas),
+            stream_k=stream_k(config, library, driver, arrays, num_ctas),
         )
 
     try:

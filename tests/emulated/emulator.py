@@ -17,7 +17,7 @@ from typing import Any
 from puna.cuda.compile import SOURCES
 from puna.cuda.driver import TensorMap
 from puna.cuda.fused_plan import CLUSTER
-from puna.cuda.kernel_table import CudaKernel, CudaSource
+from puna.cuda.source_table import CudaKernel, CudaSource
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from puna.cuda.compile import _compile_triton
+from puna.cuda.compile import _compile_triton, _cuda_entry, compile_cuda
 from puna.cuda.driver import Driver
 from puna.cuda.kernel_table import KERNELS_FILE, triton_kernels
 from puna.cuda.library import Library
+from puna.cuda.source_table import cuda_sources
 from puna.engine import EngineConfig
 
 
@@ -30,20 +31,29 @@ def current_stream() -> int:
 class LazyKernels:
     def __init__(self, config: EngineConfig) -> None:
         torch.zeros(1, device="cuda")  # a context
-        self._config = replace(config, target=local_target())
-        self._specs = {kernel.name: kernel for kernel in triton_kernels(self._config)}
+        self.config = replace(config, target=local_target())
+        self._specs = {kernel.name: kernel for kernel in triton_kernels(self.config)}
+        self._sources = {it.name: it for it in cuda_sources(self.config)}
         self._driver = Driver()
         self._loaded: dict[str, Library] = {}
 
     def constant(self, name: str, key: str) -> Any:
         return dict(self._specs[name].constants)[key]
 
+    def _compile(self, name: str) -> tuple[bytes, dict[str, Any]]:
+        """Of a source in CUDA C++ the one kernel that has its name."""
+        source = self._sources.get(name)
+        if source is None:
+            return _compile_triton(self._specs[name], self.config)
+        (kernel,) = source.kernels
+        return compile_cuda(source, self.config.target), _cuda_entry(kernel, f"{name}.cubin")
+
     def launch(
         self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...], overlaps: bool
     ) -> None:
         if name not in self._loaded:
-            cubin, entry = _compile_triton(self._specs[name], self._config)
-            table = {"target": self._config.target, "kernels": {name: entry}}
+            cubin, entry = self._compile(name)
+            table = {"target": self.config.target, "kernels": {name: entry}}
             files = {entry["file"]: cubin, KERNELS_FILE: json.dumps(table).encode()}
             self._loaded[name] = Library(files, self._driver, current_stream)
         self._loaded[name].launch(name, grid, arguments, overlaps)

@@ -14,23 +14,13 @@ if not torch.cuda.is_available():
 from dataclasses import replace
 
 import numpy as np
+from cuda_attention_cases import *  # noqa: F403
+from cuda_attention_cases import Attention, attention_step, check_attention, naive_attention
+from cuda_bench import Bench, TestDevice, activated, assert_near, error, norm_of, project
 from cuda_cases import *  # noqa: F403
-from cuda_cases import (
-    MODEL,
-    Attention,
-    Bench,
-    TestDevice,
-    TwoModels,
-    activated,
-    assert_near,
-    attention_step,
-    check_attention,
-    error,
-    naive_attention,
-    norm_of,
-    project,
-)
 from cuda_configs import BLOCK
+from cuda_model_cases import *  # noqa: F403
+from cuda_model_cases import MODEL, TwoModels
 from lazy_kernels import LazyKernels, current_stream, local_target
 
 from puna.batch import ForwardBatch
@@ -41,6 +31,7 @@ from puna.cuda.driver import Driver
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library
 from puna.cuda.ops import CudaOps
+from puna.cuda.stream_k import stream_k
 from puna.engine import EngineConfig
 from puna.errors import EngineError
 from puna.models.llama.model import Activations
@@ -57,9 +48,18 @@ def make_ops(
     choices: Choices,
     deterministic: bool,
 ) -> CudaOps:
-    kernels = LazyKernels(config)
-    recorder = GraphRecorder()
-    return CudaOps(config, 0, kernels, arrays, recorder, choices, deterministic=deterministic)
+    kernels, recorder = LazyKernels(config), GraphRecorder()
+    num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
+    return CudaOps(
+        config,
+        0,
+        kernels,
+        arrays,
+        recorder,
+        choices,
+        deterministic=deterministic,
+        stream_k=stream_k(kernels.config, kernels, Driver(), arrays, num_ctas),
+    )
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ TOKENS = pytest.mark.parametrize("num_tokens", [1, 3, 8, 17, 33, 64, 200])
 @TOKENS
 def test_real_mlp(device: TestDevice, spec: ModelSpec, dtype: str, num_tokens: int) -> None:
     bench = real_bench(device, spec, dtype)
-    x, sum_TD = bench.stream(num_tokens)
+    x, sum_TD = bench.stream(num_tokens, "o")
     norm = Norm(1 + bench.floats(spec.hidden_size) / 4, 1e-5)
     ffn = spec.intermediate_size
     linear = bench.linear([ffn, ffn], spec.hidden_size)
@@ -162,7 +162,9 @@ def test_a_row_is_alone_where_deterministic(device: TestDevice) -> None:
         ) -> None:
             bench.ops.gate_up(x, norm, gate_up, act_TF)
             bench.ops.down(act_TF, down, x)
-            bench.ops._norm(x, norm, normed_TD)  # takes in what down left beside the residual
+            bench.ops._norm(
+                x, norm, normed_TD, "down"
+            )  # takes in what down left beside the residual
 
         bench.run(emit)
         found.append((act_TF, residual_TD))
@@ -239,7 +241,7 @@ def test_an_engines_files_run_and_graphs_replay(device: TestDevice) -> None:
     files = compile_kernels(replace(bench.config, target=local_target()))
     library = Library(files, Driver(), current_stream)
     assert library.target == local_target()
-    bench.ops._kernels = library
+    bench.ops = CudaOps(bench.config, 0, library, bench.arrays, GraphRecorder(), Choices())
     models = TwoModels(bench, 3)
     logits_LV, tokens_L = bench.arrays["logits_LV"][:1], bench.integers([-7])
     ids_T, rows_L, zero = bench.integers([5]), bench.integers([0]), bench.integers([0])

@@ -17,7 +17,7 @@ from emulator import EmulatedDriver, EmulatedLibrary
 
 from puna.batch import ForwardBatch
 from puna.cuda.few import fused_ops
-from puna.cuda.kernel_table import cuda_sources
+from puna.cuda.source_table import cuda_sources
 from puna.cuda_memory import cuda_specs, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -36,20 +38,30 @@ else:
 
     import numpy as np
     import torch
+    from cuda_attention_cases import *  # noqa: F403
+    from cuda_bench import TestDevice
     from cuda_cases import *  # noqa: F403
-    from cuda_cases import TestDevice
+    from cuda_model_cases import *  # noqa: F403
+    from emulator import COMPILER, EmulatedDriver, EmulatedLibrary
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from puna.cuda.choices import Choices
     from puna.cuda.kernel_table import triton_kernels
     from puna.cuda.ops import CudaOps
+    from puna.cuda.source_table import CudaSource, cuda_sources
+    from puna.cuda.stream_k import stream_k
     from puna.engine import EngineConfig
 
+    @cache
+    def emulated(source: CudaSource) -> EmulatedLibrary:
+        return EmulatedLibrary([source], Path(mkdtemp()))
+
     class InterpretedKernels:
-        """`Kernels` that calls Triton's functions themselves."""
+        """`Kernels` that calls Triton's functions themselves, and emulates the others."""
 
         def __init__(self, config: EngineConfig) -> None:
             self._kernels = {kernel.name: kernel for kernel in triton_kernels(config)}
+            self._sources = {source.name: source for source in cuda_sources(config)}
 
         def constant(self, name: str, key: str) -> Any:
             return dict(self._kernels[name].constants)[key]
@@ -57,6 +69,9 @@ else:
         def launch(
             self, name: str, grid: tuple[int, int, int], arguments: tuple[Any, ...], overlaps: bool
         ) -> None:
+            if source := self._sources.get(name):
+                emulated(source).launch(name, grid, arguments, overlaps)
+                return
             kernel = self._kernels[name]
             module = importlib.import_module(f"puna.cuda.kernels.{kernel.module}")
             names = [argument for argument, _ in kernel.arguments]
@@ -88,6 +103,16 @@ else:
         monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
         monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
+    @pytest.fixture(autouse=True)
+    def rows_apart_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a CPU with AMX torch.mm of bfloat16 lets NaNs of a row into the next (torch 2.13)."""
+        multiply = torch.mm
+
+        def mm(x_TK: torch.Tensor, w_KN: torch.Tensor, out: torch.Tensor) -> None:
+            out.copy_(multiply(x_TK.float(), w_KN.float()))
+
+        monkeypatch.setattr(torch, "mm", mm)
+
     @dataclass(frozen=True)
     class Done:
         def run(self) -> None:
@@ -107,9 +132,19 @@ else:
         choices: Choices,
         deterministic: bool,
     ) -> CudaOps:
-        kernels = InterpretedKernels(config)
-        recorder = EagerRecorder()
-        return CudaOps(config, 0, kernels, arrays, recorder, choices, deterministic=deterministic)
+        kernels, recorder = InterpretedKernels(config), EagerRecorder()
+        driver: Any = EmulatedDriver()
+        return CudaOps(
+            config,
+            0,
+            kernels,
+            arrays,
+            recorder,
+            choices,
+            deterministic=deterministic,
+            # The CPU emulates a few CTAs.
+            stream_k=stream_k(config, kernels, driver, arrays, 7) if COMPILER else None,
+        )
 
     @pytest.fixture
     def device() -> TestDevice:

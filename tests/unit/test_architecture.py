@@ -56,8 +56,17 @@ RUN = [
     ),
     ("runtime.rendezvous",),
     ("runtime.launch",),
-    ("cpu", "cuda.ops", "cuda.few", "cuda.fused", "cuda.draw", "cuda.graphs", "cuda.library"),
-    ("cuda.maps",),
+    (
+        "cpu",
+        "cuda.ops",
+        "cuda.few",
+        "cuda.fused",
+        "cuda.stream_k",
+        "cuda.draw",
+        "cuda.graphs",
+        "cuda.library",
+    ),
+    ("cuda.maps", "cuda.launches"),
     ("ops", "cuda.choices", "cuda.interfaces", "cuda.hash32"),
 ]
 BUILD = [
@@ -84,6 +93,8 @@ RUN_ONLY += (
     "cuda.ops",
     "cuda.few",
     "cuda.fused",
+    "cuda.stream_k",
+    "cuda.launches",
     "cuda.maps",
     "cuda.draw",
     "cuda.hash32",

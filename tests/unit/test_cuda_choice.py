@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,9 @@ SPEC = ModelSpec(
     max_position_embeddings=512,
     attention_bias=True,
 )
-CHOICES = Choices(direct_tokens=20)
+# Large enough for stream-K products.
+LARGE = replace(SPEC, hidden_size=1024, intermediate_size=1024, num_heads=16, head_dim=64)
+CHOICES = Choices(direct_tokens=20, stream_k=True)
 
 
 class NamedKernels:
@@ -85,6 +88,27 @@ class Fused:
         pass
 
 
+class StreamK:
+    """For up to 30 tokens."""
+
+    most_tokens = 30
+
+    def __init__(self, kernels: NamedKernels) -> None:
+        self.parts = torch.zeros(4)
+        self._kernels = kernels
+
+    def cut(self, role: str) -> tuple[int, int]:
+        return 7, 3
+
+    def product(self, role: str, x: Any, weight: Any, bias: Any, overlaps: bool) -> None:
+        assert (bias is None) == (role in ("qkv", "gate_up", "down")), role
+        self._kernels.launched.append(f"stream-k {role}")
+        self._kernels.overlapping.append(overlaps)
+
+    def logits(self, x: Any, weight: Any, logits: Any, overlaps: bool) -> None:
+        self.product("down", x, weight, None, overlaps)
+
+
 class Once:
     """A recorder that runs what it records."""
 
@@ -101,9 +125,10 @@ def launched(
     is_decode: bool = False,
     deterministic: bool = False,
     fused: tuple[str, ...] = (),
+    spec: ModelSpec = SPEC,
 ) -> NamedKernels:
     """The kernels of a step of a model of two layers."""
-    config = cuda_config(SPEC)
+    config = cuda_config(spec)
     kinds = {"float32": torch.float32, "int32": torch.int32, "float16": torch.float16}
     arrays = {
         name: torch.zeros(shape, dtype=kinds[dtype.name])
@@ -119,6 +144,7 @@ def launched(
         CHOICES,
         deterministic=deterministic,
         fused=((4, Fused(kernels, *fused)),) if fused else (),
+        stream_k=StreamK(kernels) if spec == LARGE else None,
     )
     act = Activations(*(arrays[k] for k in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
     num_seqs = num_tokens if is_decode else 3
@@ -126,7 +152,7 @@ def launched(
     table = torch.zeros((num_seqs, 8), dtype=torch.int32)
     start = torch.zeros(num_seqs + 1, dtype=torch.int32)
     args: list[Any] = [tokens, tokens, tokens, start, seqs, table, seqs]
-    batch, model = ForwardBatch(*args, is_decode=is_decode), model_of(ops)
+    batch, model = ForwardBatch(*args, is_decode=is_decode), model_of(ops, spec)
     logits: Any = arrays["logits_LV"][:num_seqs]
 
     def emit() -> None:
@@ -138,7 +164,7 @@ def launched(
     return kernels
 
 
-def model_of(ops: CudaOps) -> Llama:
+def model_of(ops: CudaOps, spec: ModelSpec) -> Llama:
     zeros: Any = torch.zeros
 
     def linear(*sizes: int, cols: int, bias: bool = False) -> Linear:
@@ -150,9 +176,9 @@ def model_of(ops: CudaOps) -> Llama:
         )
         return Linear(matrices, zeros(sum(sizes)) if bias else None)
 
-    q, kv, d, f = SPEC.q_size, SPEC.kv_size, SPEC.hidden_size, SPEC.intermediate_size
+    q, kv, d, f = spec.q_size, spec.kv_size, spec.hidden_size, spec.intermediate_size
     norm = Norm(zeros(d), 1e-5)
-    kv_array = zeros((4, 2, BLOCK, SPEC.head_dim), dtype=torch.float16)
+    kv_array = zeros((4, 2, BLOCK, spec.head_dim), dtype=torch.float16)
     layer = Layer(
         norm,
         linear(q, kv, kv, cols=d, bias=True),
@@ -162,8 +188,8 @@ def model_of(ops: CudaOps) -> Llama:
         linear(d, cols=f),
         LayerCache(kv_array, kv_array),
     )
-    table = zeros((512, SPEC.head_dim // 2))
-    vocab = linear(SPEC.vocab_size, cols=d)
+    table = zeros((512, spec.head_dim // 2))
+    vocab = linear(spec.vocab_size, cols=d)
     return Llama((layer, layer), RopeTable(table, table), vocab, norm, vocab)
 
 
@@ -228,3 +254,28 @@ def test_a_prefill_of_a_few_tokens_has_the_attention_of_prefill() -> None:
     layer = ["norm", "gemm_qkv_16", "rope_append_parts", "prefill", "gemm_o_whole"]
     layer += ["fused gate_up", "fused down"]
     assert names == ["embed", *layer, *layer, "fused head", "fused sample_greedy"]
+
+
+@pytest.mark.parametrize(("num_tokens", "is_decode"), [(5, True), (20, False), (30, False)])
+def test_products_of_a_target(num_tokens: int, is_decode: bool) -> None:
+    """Whatever the bound between skinny products and cuBLAS; all of them may overlap."""
+    every = ("qkv", "attention", "gate_up", "down", "head")
+    kernels = launched(num_tokens, is_decode=is_decode, fused=every, spec=LARGE)
+    attend = ["decode", "combine"] if is_decode else ["prefill"]
+    layer = ["norm_stream_k", "stream-k qkv", "rope_append_stream_k", *attend, "stream-k o"]
+    layer += ["norm_stream_k", "stream-k gate_up", "silu_mul_stream_k", "stream-k down"]
+    last = ["norm_stream_k_pick", "stream-k down", "argmax_chunks", "argmax_rows"]
+    assert kernels.launched == ["embed_stream_k", *layer, *layer, *last]
+    assert all(kernels.overlapping[1:])
+
+
+def test_where_a_target_has_other_ways_than_its_products() -> None:
+    every = ("qkv", "attention", "gate_up", "down", "head")
+    names = launched(4, is_decode=True, fused=every, spec=LARGE).launched
+    assert not any("stream" in name for name in names)
+    names = launched(31, spec=LARGE).launched
+    assert "norm_partial" in names and "stream-k qkv" not in names
+    # The logits of three rows, that is.
+    assert names[-3] == "stream-k down"
+    names = launched(20, deterministic=True, spec=LARGE).launched
+    assert not any("stream" in name for name in names)

@@ -11,7 +11,8 @@ from cuda_configs import cuda_config
 
 from puna.checkpoint.dummy import parse_preset
 from puna.cuda.gemm_shapes import SHARED_LIMITS
-from puna.cuda.kernel_table import KERNELS_FILE, cuda_sources, triton_kernels
+from puna.cuda.kernel_table import KERNELS_FILE, triton_kernels
+from puna.cuda.source_table import cuda_sources
 from puna.errors import ConfigError
 from puna.spec import ModelSpec
 

@@ -23,7 +23,7 @@ from puna.cuda.fused_plan import (
     shared_bytes,
     weight_box,
 )
-from puna.cuda.kernel_table import cuda_sources
+from puna.cuda.source_table import cuda_sources
 from puna.cuda_memory import cuda_specs, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream

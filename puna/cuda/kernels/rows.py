@@ -1,8 +1,12 @@
 """Kernels that take one token's row at a time: embedding, norm, RoPE with KV append, SiLU, bias.
 
-All compute in float32 and round once when they store. OVERLAPS, here as in the other files: the
-kernel may start before those in front of it have ended, and lets those behind it (programmatic
-dependent launch, from sm_90 on); what others wrote it reads after gdc_wait.
+All compute in float32 and round once when they store. What they read may be the parts of a product:
+SPLITS of them; or, where it was cut into BLOCKS blocks of `num_chunks` chunks for `num_ctas` CTAs
+(`puna.cuda.stream_k_plan`), at most SPLITS. A part has PART_ROWS rows.
+
+OVERLAPS, here as in the other files: the kernel may start before those in front of it have ended,
+and lets those behind it (programmatic dependent launch, from sm_90 on); what others wrote it reads
+after gdc_wait.
 """
 
 # Triton gives tensors their operators, and constants their values, when it compiles.
@@ -18,11 +22,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _sum_parts(at, is_in, SPLITS: tl.constexpr, STRIDE: tl.constexpr):
-    """The parts of a product, added in order."""
+def _num_parts(column, num_ctas, num_chunks, BLOCKS: tl.constexpr):
+    """How many parts a product has at a column: all of them, or (BLOCKS over 0) as many as
+    `puna.cuda.stream_k_plan.Cut.num_parts` says of the column's block of 256."""
+    num = column * 0 + 1000
+    if BLOCKS > 0:
+        block = column // 256
+        chunks = BLOCKS * num_chunks
+        first = ((block * num_chunks + 1) * num_ctas - 1) // chunks
+        num = ((block + 1) * num_chunks * num_ctas - 1) // chunks - first + 1
+    return num
+
+
+@triton.jit
+def _sum_parts(at, is_in, num_parts, SPLITS: tl.constexpr, STRIDE: tl.constexpr):
+    """The parts of a product, added in order: at most SPLITS."""
     total = tl.load(at, mask=is_in, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(at + split * STRIDE, mask=is_in, other=0.0)
+        total += tl.load(at + split * STRIDE, mask=is_in & (split < num_parts), other=0.0)
     return total
 
 
@@ -33,6 +50,8 @@ def embed(
     table_VD,
     residual_TD,
     partial_TD,
+    num_ctas,
+    num_chunks,
     V: tl.constexpr,
     D: tl.constexpr,
     KP: tl.constexpr,
@@ -40,11 +59,12 @@ def embed(
     CLEARS: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """residual = row of the table, zeros where there is no such token. Grid: (T,).
 
-    CLEARS: zeros to `partial`, which is one array or the SPLITS parts of a product.
+    CLEARS: zeros to `partial`, which is one array or the parts of a product.
 
     An id below 0 stands for the last token that was sampled for row -1 - id of the mirror.
     """
@@ -62,8 +82,10 @@ def embed(
     tl.store(residual_TD + t * D + d, row.to(tl.float32), mask=d < D)
     if CLEARS:
         zero = tl.zeros((BLOCK,), partial_TD.dtype.element_ty)
+        num_parts = _num_parts(d, num_ctas, num_chunks, BLOCKS)
         for split in tl.static_range(0, SPLITS):
-            tl.store(partial_TD + split * (PART_ROWS * D) + t * D + d, zero, mask=d < D)
+            at = partial_TD + split * (PART_ROWS * D) + t * D + d
+            tl.store(at, zero, mask=(d < D) & (split < num_parts))
 
 
 @triton.jit
@@ -73,6 +95,8 @@ def norm(
     weight_D,
     out_TD,
     rows_L,
+    num_ctas,
+    num_chunks,
     D: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -80,16 +104,18 @@ def norm(
     PICK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """out = RMSNorm(residual + partial). Grid: (T,), or (L,) with PICK_ROWS.
 
-    `partial` is one array or, for SPLITS over 1, the parts of a product. The sum is written back to
+    `partial` is one array or the parts of a product. The sum is written back to
     the residual; with PICK_ROWS, where out has the picked rows only, the stream is left as it is.
     """
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_D + d, mask=d < D, other=0.0)
+    num_parts = _num_parts(d, num_ctas, num_chunks, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -99,7 +125,7 @@ def norm(
     x = tl.load(residual_TD + row * D + d, mask=d < D, other=0.0)
     if ADD_PARTIAL:
         at = partial_TD + row * D + d
-        x += _sum_parts(at, d < D, SPLITS, PART_ROWS * D).to(tl.float32)
+        x += _sum_parts(at, d < D, num_parts, SPLITS, PART_ROWS * D).to(tl.float32)
         if not PICK_ROWS:
             tl.store(residual_TD + row * D + d, x, mask=d < D)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + EPS)
@@ -118,6 +144,8 @@ def rope_append(
     q_TQ,
     keys_NKPE,
     values_NKPE,
+    num_ctas,
+    num_chunks,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -131,13 +159,14 @@ def rope_append(
     HALF: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Rotate q and k, store k and v in their slots. Grid: (T, ceil((H + 2 K) / HEADS)).
 
     Query heads, KV heads' keys and their values are numbered through: H + 2 K heads a token, of
     which a program takes HEADS. Keys begin at column K_AT of a row, values at V_AT. What is rotated
-    may be the SPLITS parts of a product.
+    may be the parts of a product.
     """
     t = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -146,15 +175,18 @@ def rope_append(
     is_query = head < H
     is_value = head >= H + K
     kv_head = tl.where(is_value, head - H - K, head - H)
-    at = tl.where(is_query, head * E, tl.where(is_value, V_AT, K_AT) + kv_head * E)
+    column = tl.where(is_query, head * E, tl.where(is_value, V_AT, K_AT) + kv_head * E) + i
+    num_first = _num_parts(column, num_ctas, num_chunks, BLOCKS)
+    num_second = _num_parts(column + E // 2, num_ctas, num_chunks, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    at = qkv_TX + t * XS + at + i
+    at = qkv_TX + t * XS + column
     # Rounded as it is where the product itself was stored.
     dtype = q_TQ.dtype.element_ty
-    first = _sum_parts(at, is_in, SPLITS, PART_ROWS * XS).to(dtype).to(tl.float32)
-    second = _sum_parts(at + E // 2, is_in, SPLITS, PART_ROWS * XS).to(dtype).to(tl.float32)
+    first = _sum_parts(at, is_in, num_first, SPLITS, PART_ROWS * XS).to(dtype).to(tl.float32)
+    second = _sum_parts(at + E // 2, is_in, num_second, SPLITS, PART_ROWS * XS)
+    second = second.to(dtype).to(tl.float32)
     if HAS_BIAS:
         first += tl.load(bias_N + head * E + i, mask=is_in, other=0.0)
         second += tl.load(bias_N + head * E + i + E // 2, mask=is_in, other=0.0)
@@ -188,21 +220,32 @@ def silu_mul(
     gate_up_TX,
     bias_N,
     act_TF,
+    num_ctas,
+    num_chunks,
     F: tl.constexpr,
     XS: tl.constexpr,
     UP_AT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """act = silu(gate) * up; `up` begins at column UP_AT. Grid: (T, ceil(F / BLOCK))."""
+    """act = silu(gate) * up; `up` begins at column UP_AT. Grid: (T, ceil(F / BLOCK)).
+
+    Both may be the parts of a product.
+    """
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    num_gate = _num_parts(f, num_ctas, num_chunks, BLOCKS)
+    num_up = _num_parts(UP_AT + f, num_ctas, num_chunks, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    gate = tl.load(gate_up_TX + t * XS + f, mask=f < F, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_TX + t * XS + UP_AT + f, mask=f < F, other=0.0).to(tl.float32)
+    at = gate_up_TX + t * XS + f
+    gate = _sum_parts(at, f < F, num_gate, SPLITS, PART_ROWS * XS).to(tl.float32)
+    up = _sum_parts(at + UP_AT, f < F, num_up, SPLITS, PART_ROWS * XS).to(tl.float32)
     if HAS_BIAS:
         gate += tl.load(bias_N + f, mask=f < F, other=0.0)
         up += tl.load(bias_N + F + f, mask=f < F, other=0.0)

@@ -1,0 +1,163 @@
+"""Which kernels in CUDA C++ an engine has, with their constants; those in Triton are listed in
+`puna.cuda.kernel_table`.
+
+Pure, from `EngineConfig`: it names sources of `puna/cuda/csrc` and compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
+from puna.cuda.kernel_table import Constant
+from puna.cuda.stream_k_plan import NUM_WARPS as STREAM_K_WARPS
+from puna.cuda.stream_k_plan import (
+    TOKENS,
+    stream_k_cuts,
+    stream_k_defines,
+    stream_k_shared_bytes,
+)
+from puna.engine import EngineConfig
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """A kernel of a CUDA C++ source, whose function is `entry`; `arguments` are the types of its
+    parameters as in `TritonKernel`, "map" a tensor map."""
+
+    name: str
+    entry: str
+    arguments: tuple[tuple[str, str], ...]
+    num_warps: int
+    shared: int  # dynamic shared memory, bytes
+    overlaps: bool  # waits for the kernels before it by itself
+
+
+@dataclass(frozen=True)
+class CudaSource:
+    """A CUDA C++ source in puna/cuda/csrc, compiled with `defines` to one cubin, `name`."""
+
+    name: str
+    source: str
+    defines: tuple[tuple[str, Constant], ...]
+    kernels: tuple[CudaKernel, ...]
+
+
+def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
+    """CUDA C++ sources of the engine's target."""
+    tokens = TOKENS if stream_k_cuts(config) else ()
+    return (
+        _BANDWIDTH,
+        *(_fused_source(config, rows) for rows in fused_rows(config)),
+        *(_stream_k_source(config, it) for it in tokens),
+    )
+
+
+_BANDWIDTH = CudaSource(
+    "bandwidth",
+    "bandwidth.cu",
+    (),
+    (
+        CudaKernel(
+            "read_only",
+            "read_only",
+            (("data", "*i32"), ("num_pieces", "i64"), ("sum", "*i32")),
+            num_warps=16,
+            shared=0,
+            overlaps=False,
+        ),
+    ),
+)
+
+
+def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
+    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    shapes = fused_shapes(config)
+    few = {1: _one_token, 8: _few_tokens, 16: _few_tokens}[rows](dtype)
+    kernels = [
+        CudaKernel(f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows), True)
+        for name, arguments in few.items()
+    ]
+    if rows > 1:
+        enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
+        kernels.append(CudaKernel(f"enter_{rows}", "enter", enter, 8, 8 * 4, True))
+    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
+    kernels.append(CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True))
+    source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"
+    defines = tuple(fused_defines(config, rows).items())
+    return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
+
+
+def _stream_k_source(config: EngineConfig, tokens: int) -> CudaSource:
+    arguments = (("w", "map"), ("x", "map"), ("bias", "*fp32"), ("y", "*fp32"))
+    numbers = ("num_tokens", "num_rows", "num_blocks", "num_chunks", "is_whole")
+    arguments += tuple((name, "i32") for name in numbers)
+    name, shared = f"stream_k_{tokens}", stream_k_shared_bytes(tokens)
+    kernel = CudaKernel(name, "stream_k", arguments, STREAM_K_WARPS, shared, True)
+    defines = tuple(stream_k_defines(config, tokens).items())
+    return CudaSource(name, "stream_k_sm90.cu", defines, (kernel,))
+
+
+_WEIGHT = (("w", "map"), ("bias", "*fp32"))
+_COUNT = (("num_rows", "i32"),)
+_LAYER = (("layer", "i32"),)
+
+
+def _integers(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "*i32") for name in names)
+
+
+def _attention_arguments(dtype: str) -> tuple[tuple[str, str], ...]:
+    """Those of qkv behind its input."""
+    return (
+        ("cos", "*fp32"),
+        ("sin", "*fp32"),
+        *_integers("positions", "slots", "seq_lens", "block_table"),
+        ("keys", dtype),
+        ("values", dtype),
+        ("key_map", "map"),
+        ("value_map", "map"),
+        ("attended", dtype),
+        ("part", "*fp32"),
+        *_integers("fresh", "epoch", "split_count", "error"),
+        ("table_stride", "i32"),
+    )
+
+
+def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    residual = (("h", "*fp32"),)
+    norm, add = (*residual, ("gamma", "*fp32")), (*_WEIGHT, ("x", dtype), *residual)
+    return {
+        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype), *_LAYER),
+        "out": add,
+        "gate_up": (*_WEIGHT, *norm, ("y", dtype)),
+        "down": add,
+        "head": (
+            ("w", "map"),
+            *norm,
+            ("rows", "*i32"),
+            ("logits", "*fp32"),
+            ("best", "*fp32"),
+            ("epoch", "*i32"),
+        ),
+    }
+
+
+def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    x, add = (*_WEIGHT, ("x", dtype)), (("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype))
+    normed = (*x, ("sums", "*fp32"), ("is_finished", "i32"))
+    adds = (*x, *add, ("new_sums", "*fp32"), *_COUNT)
+    return {
+        "qkv": (*normed, *_attention_arguments(dtype), *_COUNT, *_LAYER),
+        "out": adds,
+        "gate_up": (*normed, ("y", dtype), *_COUNT),
+        "down": adds,
+        "head": (
+            ("w", "map"),
+            ("x", dtype),
+            ("logits", "*fp32"),
+            ("best", "*fp32"),
+            ("epoch", "*i32"),
+            *_COUNT,
+        ),
+    }

@@ -1,0 +1,162 @@
+"""Attention of CudaOps, as `cuda_cases` has the other operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from cuda_bench import (
+    Bench,
+    TestDevice,
+    assert_near,
+    both_dtypes,
+    project,
+)
+from cuda_configs import BLOCK
+
+from puna.batch import ForwardBatch
+from puna.ops import LayerCache
+from puna.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A step of attention over a random paged cache, and what should come of it."""
+
+    q_TQ: torch.Tensor
+    batch: ForwardBatch
+    cache: LayerCache
+    num_real: int  # tokens, the others are padding
+    keys: list[torch.Tensor]  # by sequence [C, K, E]
+    values: list[torch.Tensor]
+
+
+def attention_step(
+    bench: Bench, sequences: list[tuple[int, int]], num_tokens: int, num_seqs: int, decode: bool
+) -> Attention:
+    """`sequences` are (tokens of the step, tokens of context); padded to num_tokens, num_seqs."""
+    spec = bench.spec
+    heads, size = spec.num_kv_heads, spec.head_dim
+    max_blocks = -(-bench.config.limits.max_seq_len // BLOCK)
+    counts = [-(-context // BLOCK) for _, context in sequences]
+    shape = (sum(counts) + 2, heads, BLOCK, size)
+    stored = [bench.poisoned(*shape, dtype=bench.dtype) for _ in range(2)]
+    order = torch.randperm(sum(counts), generator=bench.rng, device=bench.device)
+    dealt = iter((order + 1).tolist())
+    table = np.zeros((num_seqs, max_blocks), np.int32)
+    contexts: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    for s, (_, context) in enumerate(sequences):
+        table[s, : counts[s]] = [next(dealt) for _ in range(counts[s])]
+        where = np.arange(context)
+        for cache, found in zip(stored, contexts, strict=True):
+            x_CKE = bench.rounded(context, heads, size)
+            cache[table[s, where // BLOCK], :, where % BLOCK] = x_CKE
+            found.append(x_CKE)
+    new = [num_new for num_new, _ in sequences]
+    num_real = sum(new)
+    starts = np.full(num_seqs + 1, num_real, np.int32)
+    starts[: len(new) + 1] = np.cumsum([0, *new])
+    lens = np.zeros(num_seqs, np.int32)
+    lens[: len(new)] = [context for _, context in sequences]
+    batch = ForwardBatch(
+        token_ids_T=bench.integers(np.zeros(num_tokens)),
+        positions_T=bench.integers(np.zeros(num_tokens)),
+        slots_T=bench.integers(np.zeros(num_tokens)),
+        query_start_S1=bench.integers(starts),
+        seq_lens_S=bench.integers(lens),
+        block_table_SM=bench.integers(table),
+        logits_rows_L=bench.integers([]),
+        is_decode=decode,
+    )
+    q_TQ = bench.poisoned(num_tokens, spec.q_size, dtype=bench.dtype)
+    q_TQ[:num_real] = bench.rounded(num_real, spec.q_size)
+    return Attention(q_TQ, batch, LayerCache(*stored), num_real, *contexts)
+
+
+def naive_attention(bench: Bench, step: Attention, dtype: torch.dtype) -> torch.Tensor:
+    """Attended rows [tokens, Q], sequence by sequence, without a cache, in a dtype."""
+    spec, rows = bench.spec, []
+    starts = step.batch.query_start_S1.tolist()
+    for s, (keys, values) in enumerate(zip(step.keys, step.values, strict=True)):
+        q_THE = step.q_TQ[starts[s] : starts[s + 1]].view(-1, spec.num_heads, spec.head_dim)
+        shared = spec.num_heads // spec.num_kv_heads
+        k_HCE, v_HCE = (
+            x.transpose(0, 1).repeat_interleave(shared, dim=0).to(dtype) for x in (keys, values)
+        )
+        scores_HTC = q_THE.transpose(0, 1).to(dtype) @ k_HCE.mT * spec.head_dim**-0.5
+        num_new, context = len(q_THE), len(keys)
+        seen = torch.arange(context)[None] <= torch.arange(context - num_new, context)[:, None]
+        scores_HTC = scores_HTC.masked_fill(~seen.to(bench.device), float("-inf"))
+        attended_HTE = torch.softmax(scores_HTC, dim=-1) @ v_HCE
+        rows.append(attended_HTE.transpose(0, 1).reshape(num_new, -1))
+    return torch.cat(rows)
+
+
+def check_attention(
+    bench: Bench, sequences: list[tuple[int, int]], num_tokens: int, num_seqs: int, decode: bool
+) -> None:
+    spec = bench.spec
+    step = attention_step(bench, sequences, num_tokens, num_seqs, decode)
+    linear = bench.linear([spec.hidden_size], spec.q_size, spec.attention_bias)
+    x, _ = bench.stream(num_tokens)
+    found_TD = bench.added_by(
+        lambda: bench.ops.attention(step.q_TQ, step.batch, step.cache, linear, x), x, "o"
+    )
+    real = slice(step.num_real)
+    right_TQ = naive_attention(bench, step, torch.float64)
+    same_TQ = naive_attention(bench, step, bench.dtype)
+    assert_near(bench.arrays["attended_TQ"][real], right_TQ, same_TQ)
+    expected_TD = project(right_TQ, linear, torch.float64)
+    assert_near(found_TD[real], expected_TD, project(same_TQ, linear, bench.dtype))
+
+
+SHAPES = pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(6, 2, 24), (4, 4, 16), (3, 1, 80), (8, 1, 64)],
+    ids=["grouped", "all", "wide", "eight"],
+)
+
+
+def attention_spec(heads: int, kv_heads: int, head_dim: int) -> ModelSpec:
+    return ModelSpec(40, 64, 1, heads, kv_heads, head_dim, 300, 4096, attention_bias=True)
+
+
+@both_dtypes
+@SHAPES
+def test_prefill_attention(
+    device: TestDevice, dtype: str, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Whole prompts, the last part of one, single tokens, and room for more sequences."""
+    bench = Bench(device, attention_spec(heads, kv_heads, head_dim), dtype)
+    check_attention(bench, [(70, 70), (1, 130), (20, 201), (1, 1)], 96, 7, False)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 20])
+def test_prefill_attention_of_a_few_tokens(device: TestDevice, num_tokens: int) -> None:
+    bench = Bench(device, attention_spec(6, 2, 24), "float16")
+    check_attention(bench, [(num_tokens, num_tokens + 64)], num_tokens, 8, False)
+
+
+@both_dtypes
+@SHAPES
+def test_decode_attention(
+    device: TestDevice, dtype: str, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """One part of the context and several, their edges, and sequences of padding."""
+    bench = Bench(device, attention_spec(heads, kv_heads, head_dim), dtype)
+    sequences = [(1, context) for context in (1, 64, 128, 129, 257, 700)]
+    check_attention(bench, sequences, 8, 8, True)
+    assert not bench.arrays["attended_TQ"][6:8].any(), "padding is zeros"
+
+
+def test_decode_attention_of_a_long_context(device: TestDevice) -> None:
+    """More blocks than parts: each part has several, the last one fewer."""
+    bench = Bench(device, attention_spec(2, 1, 16), "float16", max_seq_len=4500)
+    check_attention(bench, [(1, 4321), (1, 2049)], 2, 2, True)
+
+
+def test_deterministic_decode_attention_is_that_of_prefill(device: TestDevice) -> None:
+    bench = Bench(device, attention_spec(6, 2, 24), "float16", deterministic=True)
+    check_attention(bench, [(1, 300), (1, 31)], 2, 2, True)
