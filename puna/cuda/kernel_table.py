@@ -97,11 +97,14 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
     """Every Triton kernel of an engine."""
     shapes, dtype = _shapes(config), {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     spec, target = config.spec, config.target
-    biases = spec.attention_bias, spec.mlp_bias
+    cuts, biases = stream_k_cuts(config), (spec.attention_bias, spec.mlp_bias)
+    qkv = [_Product("", dtype), _Product("_parts", "*fp32", shapes.qkv_splits)]
+    qkv += [_of_stream_k(cuts["qkv"])] if cuts else []
     kernels = (
-        *_row_kernels(shapes, dtype, stream_k_cuts(config), spec.rms_norm_eps, *biases),
+        *_row_kernels(shapes, dtype, qkv, cuts, spec.rms_norm_eps, *biases),
         *_gemms(shapes, dtype, target, *biases),
-        *_attention(shapes, dtype, target),
+        _prefill(shapes, dtype, target),
+        *_decode(shapes, dtype, target, qkv, spec.attention_bias),
         *_argmax(shapes),
     )
     flag = ("OVERLAPS", overlaps(target))
@@ -125,6 +128,10 @@ def _shapes(config: EngineConfig) -> _Shapes:
         qkv_splits=qkv_splits,
         splits=splits,
     )
+
+
+# How a product was cut, for who reads its parts.
+_CUT = (("num_ctas", "i32"), ("num_chunks", "i32"))
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,7 @@ def _of_stream_k(*cuts: Cut) -> _Product:
 def _row_kernels(
     s: _Shapes,
     dtype: str,
+    qkv: list[_Product],
     cuts: dict[str, Cut],
     eps: float,
     attention_bias: bool,
@@ -160,14 +168,11 @@ def _row_kernels(
     # What of a stream is beside its residual: nothing, `partial`, or the parts of a product.
     beside = [_Product("", dtype), _Product("_partial", dtype)]
     beside.append(_Product("_parts", "*fp32", s.splits))
-    qkv = [_Product("", dtype), _Product("_parts", "*fp32", s.qkv_splits)]
     gate_up = [_Product("", dtype)]
     if cuts:
         beside.append(_of_stream_k(cuts["o"], cuts["down"]))
-        qkv.append(_of_stream_k(cuts["qkv"]))
         gate_up.append(_of_stream_k(cuts["gate_up"]))
     kernels = _stream_kernels(s, dtype, beside, eps)
-    cut = (("num_ctas", "i32"), ("num_chunks", "i32"))
     rotated = (("H", s.h), ("K", s.k), ("E", s.e), ("P", s.p), ("XS", s.qkv))
     rotated += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", attention_bias))
     rotated += (("CLIP", dtype == "*fp16"), ("HEADS", ROPE_HEADS))
@@ -175,14 +180,14 @@ def _row_kernels(
     for it in qkv:
         rope = (("qkv_TX", it.kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
         rope += (("positions_T", "*i32"), ("slots_T", "*i32"), ("q_TQ", dtype))
-        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype), *cut)
+        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype), *_CUT)
         constants, name = (*rotated, *it.constants), f"rope_append{it.suffix}"
         kernels.append(TritonKernel(name, "rows", "rope_append", rope, constants, 4, 1))
     up_at = padded_rows(s.f)
     activated = (("F", s.f), ("XS", 2 * up_at), ("UP_AT", up_at), ("HAS_BIAS", mlp_bias))
     activated += (("BLOCK", ROW_BLOCK),)
     for it in gate_up:
-        silu = (("gate_up_TX", it.kind), ("bias_N", "*fp32"), ("act_TF", dtype), *cut)
+        silu = (("gate_up_TX", it.kind), ("bias_N", "*fp32"), ("act_TF", dtype), *_CUT)
         constants, name = (*activated, *it.constants), f"silu_mul{it.suffix}"
         kernels.append(TritonKernel(name, "rows", "silu_mul", silu, constants, 4, 1))
     if attention_bias or mlp_bias:
@@ -199,17 +204,16 @@ def _stream_kernels(
     block = power_of_two(s.d)
     warps = min(max(block // 512, 1), 8)
     table = (("V", s.vocab_size), ("D", s.d), ("KP", padded_cols(s.d)), ("BLOCK", block))
-    cut = (("num_ctas", "i32"), ("num_chunks", "i32"))
     kernels: list[TritonKernel] = []
     for it in beside:
         is_beside = bool(it.suffix)
         embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
-        embed += (("residual_TD", "*fp32"), ("partial_TD", it.kind), *cut)
+        embed += (("residual_TD", "*fp32"), ("partial_TD", it.kind), *_CUT)
         constants = (*table, ("CLEARS", is_beside), *it.constants)
         name = f"embed{it.suffix}"
         kernels.append(TritonKernel(name, "rows", "embed", embed, constants, warps, 1))
         norm = (("residual_TD", "*fp32"), ("partial_TD", it.kind), ("weight_D", "*fp32"))
-        norm += (("out_TD", dtype), ("rows_L", "*i32"), *cut)
+        norm += (("out_TD", dtype), ("rows_L", "*i32"), *_CUT)
         for pick in ("", "_pick"):
             constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
             constants += (("ADD_PARTIAL", is_beside), ("PICK_ROWS", bool(pick)), *it.constants)
@@ -253,31 +257,59 @@ def _gemms(
     return kernels
 
 
-def _attention(s: _Shapes, dtype: str, target: str) -> list[TritonKernel]:
+def _prefill(s: _Shapes, dtype: str, target: str) -> TritonKernel:
     e_pow = max(power_of_two(s.e), 16)
     j_pow = power_of_two(s.h // s.k)
-    scale = s.e**-0.5 * math.log2(math.e)
-    has_room = target in ("sm_80", "sm_90", "sm_100")  # over 160 KB of shared memory a program
-    common = (("H", s.h), ("K", s.k), ("E", s.e), ("EP", e_pow), ("P", s.p))
-    rows = max(128 if e_pow <= 128 and has_room else 64, j_pow)
-    cache = (("keys_NKPE", dtype), ("values_NKPE", dtype), ("block_table_SM", "*i32"))
-    arguments = (("q_TQ", dtype), *cache, ("query_start_S1", "*i32"), ("seq_lens_S", "*i32"))
+    rows = max(128 if e_pow <= 128 and _has_room(target) else 64, j_pow)
+    arguments = (("q_TQ", dtype), ("keys_NKPE", dtype), ("values_NKPE", dtype))
+    arguments += (("block_table_SM", "*i32"), ("query_start_S1", "*i32"), ("seq_lens_S", "*i32"))
     arguments += (("out_TQ", dtype), ("num_seqs", "i32"), ("max_blocks", "i32"))
-    constants = (*common, ("JP", j_pow), ("TOKENS", rows // j_pow))
-    constants += (("SEQS", power_of_two(s.seqs)), ("SCALE", scale))
-    stages = (3 if has_room else 2) if e_pow <= 128 else 1
-    warps = 8 if rows == 128 else 4
-    kernels = [TritonKernel("prefill", "attention", "prefill", arguments, constants, warps, stages)]
+    constants = (("H", s.h), ("K", s.k), ("E", s.e), ("EP", e_pow), ("P", s.p))
+    constants += (("JP", j_pow), ("TOKENS", rows // j_pow))
+    constants += (("SEQS", power_of_two(s.seqs)), ("SCALE", _softmax_scale(s)))
+    stages, warps = _kv_stages(s, target), 8 if rows == 128 else 4
+    return TritonKernel("prefill", "prefill", "prefill", arguments, constants, warps, stages)
+
+
+def _decode(
+    s: _Shapes, dtype: str, target: str, qkv: list[_Product], has_bias: bool
+) -> list[TritonKernel]:
+    """Attention of a decode batch, for each way of the product of q, k and v."""
+    half = max(power_of_two(s.e // 2), 16)
     parts = (("PARTS", MAX_PARTS), ("MIN_BLOCKS", MIN_PART_BLOCKS))
     scratch = (("part_SBHE", "*fp32"), ("scale_SBH2", "*fp32"), ("out_SQ", dtype))
-    arguments = (("q_SQ", dtype), *cache, ("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))
-    constants = (*common, ("ROWS", max(16, j_pow)), *parts, ("SCALE", scale))
-    stages = (3 if has_room else 2) if e_pow <= 128 else 1
-    kernels.append(TritonKernel("decode", "attention", "decode", arguments, constants, 4, stages))
-    arguments = (("seq_lens_S", "*i32"), *scratch)
-    constants = (("H", s.h), ("E", s.e), ("EP", e_pow), ("P", s.p), *parts)
-    kernels.append(TritonKernel("combine", "attention", "combine", arguments, constants, 1, 1))
+    common = (("H", s.h), ("K", s.k), ("E", s.e), ("HALF", half), ("P", s.p))
+    common += (("ROWS", max(16, power_of_two(s.h // s.k))), ("XS", s.qkv))
+    common += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", has_bias))
+    common += (("CLIP", dtype == "*fp16"), *parts, ("SCALE", _softmax_scale(s)))
+    kernels = []
+    for it in qkv:
+        decode = (("qkv_SX", it.kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"))
+        decode += (("sin_PE", "*fp32"), ("positions_S", "*i32"), ("slots_S", "*i32"))
+        decode += (("keys_NKPE", dtype), ("values_NKPE", dtype), ("block_table_SM", "*i32"))
+        decode += (("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"), *_CUT)
+        name, stages, constants = f"decode{it.suffix}", _kv_stages(s, target), it.constants
+        constants = (*common, *constants)
+        kernels.append(TritonKernel(name, "decode", "decode", decode, constants, 4, stages))
+    combine = (("seq_lens_S", "*i32"), *scratch)
+    constants = (("H", s.h), ("E", s.e), ("EP", max(power_of_two(s.e), 16)), ("P", s.p), *parts)
+    kernels.append(TritonKernel("combine", "decode", "combine", combine, constants, 1, 1))
     return kernels
+
+
+def _has_room(target: str) -> bool:
+    """Over 160 KB of shared memory a program."""
+    return target in ("sm_80", "sm_90", "sm_100")
+
+
+def _kv_stages(s: _Shapes, target: str) -> int:
+    """Blocks of keys and values that a program of attention has under way."""
+    return (3 if _has_room(target) else 2) if s.e <= 128 else 1
+
+
+def _softmax_scale(s: _Shapes) -> float:
+    """Of powers of two."""
+    return s.e**-0.5 * math.log2(math.e)
 
 
 def _argmax(s: _Shapes) -> list[TritonKernel]:

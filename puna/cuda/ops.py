@@ -17,6 +17,7 @@ Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,16 @@ from puna.cuda_memory import ARGMAX_CHUNK, PART_ROWS, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
 from puna.quant import Format
+
+
+@dataclass(frozen=True, slots=True)
+class _Projected:
+    """The product of q, k and v, until the attention of a decode batch takes it: which kernel reads
+    it, what that is given first, and how the product was cut."""
+
+    way: str
+    given: tuple[Tensor, ...]
+    cut: tuple[int, int]
 
 
 class CudaOps:
@@ -76,7 +87,9 @@ class CudaOps:
         self._is_deterministic = deterministic
         self._fused = fused
         self._stream_k = None if deterministic or not choices.stream_k else stream_k
-        self._fused_head: FusedOps | None = None  # of what is being recorded
+        # Of what is being recorded.
+        self._fused_head: FusedOps | None = None
+        self._projected: _Projected | None = None
 
     def load_matrix(
         self,
@@ -91,6 +104,7 @@ class CudaOps:
         return Matrix(data_NK, num_rows, num_cols)
 
     def record(self, emit: Callable[[], None]) -> Program:
+        self._projected = None
         return self._launches.record(emit)
 
     def embed(self, token_ids_T: Tensor, table: Linear, x: Stream) -> None:
@@ -126,60 +140,54 @@ class CudaOps:
                 partial(fused.qkv, x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
             )
             return
+        assert self._projected is None, "attention follows its projection"
         num_tokens, q_size = q_TQ.shape
         normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
         self._norm(x, norm, normed_TD, "down")
-        name = "rope_append"
+        way = ""
         if stream_k := self._stream_k_for(x):
-            name = "rope_append_stream_k"
+            way, qkv_TX = "_stream_k", stream_k.parts
             self._stream_k_product("qkv", normed_TD, weight_XK, None)
-            qkv_TX = stream_k.parts
         elif not self._is_direct(x):
             self._launches.product(normed_TD, weight_XK, qkv_TX)
         elif self._leaves_parts("qkv", num_tokens):
-            name = "rope_append_parts"
-            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX, self._arrays["product_parts"])
-            qkv_TX = self._arrays["product_parts"]
+            way, parts = "_parts", self._arrays["product_parts"]
+            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX, parts)
+            qkv_TX = parts
         else:
             self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX)
+        given = qkv_TX, self._bias(linear), rope.cos_PE, rope.sin_PE
+        given += batch.positions_T, batch.slots_T
+        if batch.is_decode and not self._is_deterministic:
+            self._projected = _Projected(way, given, self._cut("qkv", x))
+            return
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
         num_heads = q_size // head_dim + 2 * num_kv_heads
-        self._launches.launch(
-            name,
-            (num_tokens, -(-num_heads // ROPE_HEADS), 1),
-            (
-                qkv_TX,
-                self._bias(linear),
-                rope.cos_PE,
-                rope.sin_PE,
-                batch.positions_T,
-                batch.slots_T,
-                q_TQ,
-                cache.keys_NKEP,
-                cache.values_NKPE,
-                *self._cut("qkv", x),
-            ),
-        )
+        arrays = q_TQ, cache.keys_NKEP, cache.values_NKPE
+        grid = num_tokens, -(-num_heads // ROPE_HEADS), 1
+        cut = self._cut("qkv", x)
+        self._launches.launch(f"rope_append{way}", grid, (*given, *arrays, *cut))
 
     def attention(
         self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out: Linear, x: Stream
     ) -> None:
+        """Of a decode batch, unless deterministic, it takes what `qkv` left: those two are recorded
+        together."""
         (matrix,) = out.weights
         if batch.is_decode and (fused := self._fused_for("attention", x)):
-            self._launches.fused(
-                partial(fused.attention, q_TQ, batch, cache, matrix.data_NK, out.bias_N, x)
-            )
+            weight = matrix.data_NK, out.bias_N
+            self._launches.fused(partial(fused.attention, q_TQ, batch, cache, *weight, x))
             return
         attended_TQ = self._scratch("attended_TQ", x)
         if batch.is_decode and not self._is_deterministic:
-            self._attend_decode(q_TQ, batch, cache, attended_TQ)
+            self._attend_decode(batch, cache, attended_TQ)
         else:
             self._attend_prefill(q_TQ, batch, cache, attended_TQ)
         self._into_stream("o", attended_TQ, out, x)
 
-    def _attend_decode(
-        self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor
-    ) -> None:
+    def _attend_decode(self, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor) -> None:
+        projected, self._projected = self._projected, None
+        assert projected is not None, "attention follows its projection"
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
         num_seqs, max_blocks = batch.block_table_SM.shape
         parts = self._arrays["attn_part_SBHE"], self._arrays["attn_scale_SBH2"]
@@ -187,10 +195,10 @@ class CudaOps:
         wanted = -(-self._choices.decode_programs // (num_seqs * num_kv_heads))
         shared_by = min(wanted, most, self._kernels.constant("decode", "PARTS"))
         self._launches.launch(
-            "decode",
+            f"decode{projected.way}",
             (num_seqs, num_kv_heads, shared_by),
             (
-                q_TQ,
+                *projected.given,
                 cache.keys_NKEP,
                 cache.values_NKPE,
                 batch.block_table_SM,
@@ -198,9 +206,10 @@ class CudaOps:
                 *parts,
                 out_TQ,
                 max_blocks,
+                *projected.cut,
             ),
         )
-        grid = (num_seqs, q_TQ.shape[1] // head_dim, 1)
+        grid = (num_seqs, out_TQ.shape[1] // head_dim, 1)
         self._launches.launch("combine", grid, (batch.seq_lens_S, *parts, out_TQ))
 
     def _attend_prefill(

@@ -15,7 +15,15 @@ from dataclasses import replace
 
 import numpy as np
 from cuda_attention_cases import *  # noqa: F403
-from cuda_attention_cases import Attention, attention_step, check_attention, naive_attention
+from cuda_attention_cases import (
+    Attention,
+    attention_step,
+    check_attention,
+    check_decode,
+    decode_step,
+    naive_attention,
+    naive_decode,
+)
 from cuda_bench import Bench, TestDevice, activated, assert_near, error, norm_of, project
 from cuda_cases import *  # noqa: F403
 from cuda_configs import BLOCK
@@ -136,7 +144,7 @@ def test_real_decode_attention(
 ) -> None:
     bench = real_bench(device, spec, dtype)
     contexts = [1 + (i * 613) % 4000 for i in range(num_seqs)]
-    check_attention(bench, [(1, context) for context in contexts], num_seqs, num_seqs, True)
+    check_decode(bench, contexts, num_seqs)
 
 
 def test_a_row_is_alone_where_deterministic(device: TestDevice) -> None:
@@ -207,32 +215,37 @@ def test_attention_of_a_row_is_alone_where_deterministic(device: TestDevice) -> 
 
 def test_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
     """Parts of a context follow from its length: alone or among 64, the same bits."""
-    bench = real_bench(device, LLAMA_3_8B, "bfloat16")
-    contexts = [(1, 1 + (i * 613) % 4000) for i in range(64)]
-    step = attention_step(bench, contexts, 64, 64, True)
-    linear = bench.linear([LLAMA_3_8B.hidden_size], LLAMA_3_8B.q_size)
-    attended = bench.arrays["attended_TQ"]
-    x, _ = bench.stream(64)
-    bench.run(lambda: bench.ops.attention(step.q_TQ, step.batch, step.cache, linear, x))
-    expected_TQ = attended[:64].clone()
-    assert error(expected_TQ, naive_attention(bench, step, torch.float64)) < 1e-2
-    for i in (5, 30):
+    spec = LLAMA_3_8B
+    bench = Bench(device, spec, "bfloat16", max_batch_size=64, max_seq_len=4096, stream_k=False)
+    step = decode_step(bench, [1 + (i * 613) % 4000 for i in range(64)], 64)
+    residual_TD, attended_TQ = step.sum_TD, bench.arrays["attended_TQ"]
+    attention = step.attention
+
+    def attended(rows: slice) -> torch.Tensor:
+        """Of some of the sequences; the sum of the stream is all in its residual."""
+        num, held = rows.stop - rows.start, attention.batch
         batch = ForwardBatch(
-            *(bench.integers([0]) for _ in range(3)),
-            bench.integers([0, 1]),
-            step.batch.seq_lens_S[i : i + 1].clone(),
-            step.batch.block_table_SM[i : i + 1].clone(),
+            held.token_ids_T[rows],
+            held.positions_T[rows].clone(),
+            held.slots_T[rows].clone(),
+            bench.integers(range(num + 1)),
+            held.seq_lens_S[rows].clone(),
+            held.block_table_SM[rows].clone(),
             bench.integers([]),
             is_decode=True,
         )
-        y, _ = bench.stream(1)
-        q_TQ = step.q_TQ[i : i + 1].clone()
+        x = Stream(residual_TD[rows].clone(), bench.poisoned(num, spec.hidden_size))
+        bench.arrays["product_parts"][:] = 0.0
+        attended_TQ[:] = float("nan")
+        part = replace(step, attention=replace(attention, batch=batch), x=x, sum_TD=x.residual_TD)
+        bench.run(lambda: part.emit(bench))
+        return attended_TQ[:num].clone()
 
-        def emit(batch: ForwardBatch = batch, y: Stream = y, q_TQ: torch.Tensor = q_TQ) -> None:
-            bench.ops.attention(q_TQ, batch, step.cache, linear, y)
-
-        bench.run(emit)
-        assert torch.equal(attended[:1], expected_TQ[i : i + 1]), contexts[i]
+    expected_TQ = attended(slice(0, 64))
+    right = naive_attention(bench, naive_decode(bench, step, torch.float64), torch.float64)
+    assert error(expected_TQ, right) < 1e-2
+    for i in (5, 30):
+        assert torch.equal(attended(slice(i, i + 1)), expected_TQ[i : i + 1])
 
 
 def test_an_engines_files_run_and_graphs_replay(device: TestDevice) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from cuda_bench import (
+    PLAIN,
+    SPEC,
+    STREAMED,
     Bench,
     TestDevice,
     assert_near,
     both_dtypes,
+    norm_of,
     project,
 )
 from cuda_configs import BLOCK
 
 from puna.batch import ForwardBatch
-from puna.ops import LayerCache
+from puna.ops import LayerCache, Linear, Norm, RopeTable, Stream
 from puna.spec import ModelSpec
 
 
@@ -97,6 +101,7 @@ def naive_attention(bench: Bench, step: Attention, dtype: torch.dtype) -> torch.
 def check_attention(
     bench: Bench, sequences: list[tuple[int, int]], num_tokens: int, num_seqs: int, decode: bool
 ) -> None:
+    """Of prefill, which is that of a deterministic decode step too."""
     spec = bench.spec
     step = attention_step(bench, sequences, num_tokens, num_seqs, decode)
     linear = bench.linear([spec.hidden_size], spec.q_size, spec.attention_bias)
@@ -110,6 +115,100 @@ def check_attention(
     assert_near(bench.arrays["attended_TQ"][real], right_TQ, same_TQ)
     expected_TD = project(right_TQ, linear, torch.float64)
     assert_near(found_TD[real], expected_TD, project(same_TQ, linear, bench.dtype))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decode step before its product of q, k and v; attention's q_TQ and newest tokens are not
+    used."""
+
+    attention: Attention
+    x: Stream
+    sum_TD: torch.Tensor
+    norm: Norm
+    linear: Linear
+    rope: RopeTable
+    out: Linear
+
+    def emit(self, bench: Bench) -> None:
+        step, num_tokens = self.attention, len(self.sum_TD)
+        q_TQ = bench.arrays["q_TQ"][:num_tokens]
+        given = self.x, self.norm, self.linear, self.rope, step.batch, step.cache, q_TQ
+        bench.ops.qkv(*given)
+        bench.ops.attention(q_TQ, step.batch, step.cache, self.out, self.x)
+
+
+def decode_step(bench: Bench, contexts: list[int], num_seqs: int) -> Decode:
+    """A token for each context, which has it as its last; padded to num_seqs."""
+    spec = bench.spec
+    step = attention_step(bench, [(1, context) for context in contexts], num_seqs, num_seqs, True)
+    lens = np.zeros(num_seqs, int)
+    lens[: len(contexts)] = contexts
+    last, blocks = np.maximum(lens - 1, 0), step.batch.block_table_SM.cpu().numpy()
+    block = blocks[np.arange(num_seqs), last // BLOCK]
+    for cache in (step.cache.keys_NKEP, step.cache.values_NKPE):
+        cache[block, :, last % BLOCK] = float("nan")
+    batch = replace(
+        step.batch,
+        positions_T=bench.integers(last),
+        slots_T=bench.integers(block * BLOCK + last % BLOCK),
+    )
+    x, sum_TD = bench.stream(num_seqs)
+    norm = Norm(1 + bench.floats(spec.hidden_size) / 4, 1e-5)
+    sizes = [spec.q_size, spec.kv_size, spec.kv_size]
+    linear = bench.linear(sizes, spec.hidden_size, spec.attention_bias)
+    angles = bench.floats(bench.config.limits.max_seq_len, spec.head_dim // 2) * 3
+    rope = RopeTable(torch.cos(angles), torch.sin(angles))
+    out = bench.linear([spec.hidden_size], spec.q_size, spec.attention_bias)
+    return Decode(replace(step, batch=batch), x, sum_TD, norm, linear, rope, out)
+
+
+def naive_decode(bench: Bench, step: Decode, dtype: torch.dtype) -> Attention:
+    """What the new tokens' queries, keys and values are, in a dtype, in place of what was there."""
+    spec, attention = bench.spec, step.attention
+    num, size = attention.num_real, spec.head_dim
+    y_TN = project(norm_of(step.sum_TD[:num].to(dtype), step.norm), step.linear, dtype)
+    heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+    q_TH, k_TH, v_TH = y_TN.view(num, -1, size).split(heads, dim=1)
+    at = attention.batch.positions_T[:num].long()
+    tables = step.rope.cos_PE, step.rope.sin_PE
+    cos, sin = (torch.as_tensor(table)[at][:, None].to(dtype) for table in tables)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def with_new(old: list[torch.Tensor], new_TH: torch.Tensor) -> list[torch.Tensor]:
+        pairs = zip(old, new_TH, strict=True)
+        return [torch.cat([cached[:-1].to(dtype), new[None]]) for cached, new in pairs]
+
+    return replace(
+        attention,
+        q_TQ=rotate(q_TH).reshape(num, -1),
+        keys=with_new(attention.keys, rotate(k_TH)),
+        values=with_new(attention.values, v_TH),
+    )
+
+
+def check_decode(bench: Bench, contexts: list[int], num_seqs: int) -> None:
+    step = decode_step(bench, contexts, num_seqs)
+    before = [x.clone() for x in (step.attention.cache.keys_NKEP, step.attention.cache.values_NKPE)]
+    bench.run(lambda: step.emit(bench))
+    right, same = (naive_decode(bench, step, kind) for kind in (torch.float64, bench.dtype))
+    real = slice(len(contexts))
+    right_TQ = naive_attention(bench, right, torch.float64)
+    same_TQ = naive_attention(bench, same, bench.dtype)
+    assert_near(bench.arrays["attended_TQ"][real], right_TQ, same_TQ)
+    slots = step.attention.batch.slots_T[real].cpu().numpy()
+    after = step.attention.cache.keys_NKEP, step.attention.cache.values_NKPE
+    for was, stored, exact, near in zip(
+        before, after, (right.keys, right.values), (same.keys, same.values), strict=True
+    ):
+        newest = stored[slots // BLOCK, :, slots % BLOCK]
+        exact, near = (torch.stack([x[-1] for x in it]) for it in (exact, near))
+        assert_near(newest, exact, near)
+        was[slots // BLOCK, :, slots % BLOCK] = newest
+        assert torch.equal(was.nan_to_num(7.0), stored.nan_to_num(7.0)), "others were written"
 
 
 SHAPES = pytest.mark.parametrize(
@@ -146,15 +245,23 @@ def test_decode_attention(
 ) -> None:
     """One part of the context and several, their edges, and sequences of padding."""
     bench = Bench(device, attention_spec(heads, kv_heads, head_dim), dtype)
-    sequences = [(1, context) for context in (1, 64, 128, 129, 257, 700)]
-    check_attention(bench, sequences, 8, 8, True)
+    check_decode(bench, [1, 64, 128, 129, 257, 700], 8)
     assert not bench.arrays["attended_TQ"][6:8].any(), "padding is zeros"
 
 
 def test_decode_attention_of_a_long_context(device: TestDevice) -> None:
     """More blocks than parts: each part has several, the last one fewer."""
     bench = Bench(device, attention_spec(2, 1, 16), "float16", max_seq_len=4500)
-    check_attention(bench, [(1, 4321), (1, 2049)], 2, 2, True)
+    check_decode(bench, [4321, 2049], 2)
+
+
+@pytest.mark.parametrize(("spec", "num_seqs"), [(PLAIN, 9), (SPEC, 21), (STREAMED, 17)])
+def test_decode_attention_of_every_product(
+    device: TestDevice, spec: ModelSpec, num_seqs: int
+) -> None:
+    """In parts, whole, by cuBLAS, and stream-K."""
+    bench = Bench(device, spec, "float16", max_batch_size=num_seqs)
+    check_decode(bench, [1 + 37 * i % 150 for i in range(num_seqs)], num_seqs)
 
 
 def test_deterministic_decode_attention_is_that_of_prefill(device: TestDevice) -> None:

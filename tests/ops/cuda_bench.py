@@ -84,6 +84,7 @@ class Bench:
         max_batch_size: int = 8,
         max_seq_len: int = 1024,
         overlaps: bool = True,
+        stream_k: bool = True,
     ) -> None:
         self.config = cuda_config(
             spec,
@@ -94,7 +95,7 @@ class Bench:
         )
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
-        choices = Choices(direct_tokens=DIRECT, overlaps=overlaps, stream_k=True)
+        choices = Choices(direct_tokens=DIRECT, overlaps=overlaps, stream_k=stream_k)
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
         self.rng = torch.Generator(self.device).manual_seed(5)
 

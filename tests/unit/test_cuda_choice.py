@@ -195,7 +195,7 @@ def model_of(ops: CudaOps, spec: ModelSpec) -> Llama:
 
 def test_a_few_tokens_leave_parts() -> None:
     kernels = launched(3, is_decode=True)
-    layer = ["norm_parts", "gemm_qkv_16", "rope_append_parts", "decode", "combine", "gemm_o_16"]
+    layer = ["norm_parts", "gemm_qkv_16", "decode_parts", "combine", "gemm_o_16"]
     layer += ["norm_parts", "gemm_gate_up_16", "gemm_down_16"]
     last = ["norm_parts_pick", "gemm_head_16", "argmax_chunks", "argmax_rows"]
     assert kernels.launched == ["embed_parts", *layer, *layer, *last]
@@ -241,7 +241,7 @@ def test_fused_operations_of_a_target() -> None:
 
 def test_what_a_target_has_not_fused_adds_into_the_residual_too() -> None:
     kernels = launched(4, is_decode=True, fused=("gate_up",))
-    layer = ["norm", "gemm_qkv_16", "rope_append_parts", "decode", "combine", "gemm_o_whole"]
+    layer = ["norm", "gemm_qkv_16", "decode_parts", "combine", "gemm_o_whole"]
     layer += ["fused gate_up", "gemm_down_whole"]
     last = ["norm_pick", "gemm_head_16", "argmax_chunks", "argmax_rows"]
     assert kernels.launched == ["embed", *layer, *layer, *last]
@@ -261,8 +261,10 @@ def test_products_of_a_target(num_tokens: int, is_decode: bool) -> None:
     """Whatever the bound between skinny products and cuBLAS; all of them may overlap."""
     every = ("qkv", "attention", "gate_up", "down", "head")
     kernels = launched(num_tokens, is_decode=is_decode, fused=every, spec=LARGE)
-    attend = ["decode", "combine"] if is_decode else ["prefill"]
-    layer = ["norm_stream_k", "stream-k qkv", "rope_append_stream_k", *attend, "stream-k o"]
+    attend = ["rope_append_stream_k", "prefill"]
+    if is_decode:
+        attend = ["decode_stream_k", "combine"]
+    layer = ["norm_stream_k", "stream-k qkv", *attend, "stream-k o"]
     layer += ["norm_stream_k", "stream-k gate_up", "silu_mul_stream_k", "stream-k down"]
     last = ["norm_stream_k_pick", "stream-k down", "argmax_chunks", "argmax_rows"]
     assert kernels.launched == ["embed_stream_k", *layer, *layer, *last]

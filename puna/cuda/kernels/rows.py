@@ -1,8 +1,7 @@
 """Kernels that take one token's row at a time: embedding, norm, RoPE with KV append, SiLU, bias.
 
-All compute in float32 and round once when they store. What they read may be the parts of a product:
-SPLITS of them; or, where it was cut into BLOCKS blocks of `num_chunks` chunks for `num_ctas` CTAs
-(`puna.cuda.stream_k_plan`), at most SPLITS. A part has PART_ROWS rows.
+All compute in float32 and round once when they store. What they read may be the parts of a product
+(`puna.cuda.kernels.parts`), of PART_ROWS rows each.
 
 OVERLAPS, here as in the other files: the kernel may start before those in front of it have ended,
 and lets those behind it (programmatic dependent launch, from sm_90 on); what others wrote it reads
@@ -20,27 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _num_parts(column, num_ctas, num_chunks, BLOCKS: tl.constexpr):
-    """How many parts a product has at a column: all of them, or (BLOCKS over 0) as many as
-    `puna.cuda.stream_k_plan.Cut.num_parts` says of the column's block of 256."""
-    num = column * 0 + 1000
-    if BLOCKS > 0:
-        block = column // 256
-        chunks = BLOCKS * num_chunks
-        first = ((block * num_chunks + 1) * num_ctas - 1) // chunks
-        num = ((block + 1) * num_chunks * num_ctas - 1) // chunks - first + 1
-    return num
-
-
-@triton.jit
-def _sum_parts(at, is_in, num_parts, SPLITS: tl.constexpr, STRIDE: tl.constexpr):
-    """The parts of a product, added in order: at most SPLITS."""
-    total = tl.load(at, mask=is_in, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(at + split * STRIDE, mask=is_in & (split < num_parts), other=0.0)
-    return total
+from puna.cuda.kernels.parts import clipped, half_of_head, num_parts_at, sum_parts
 
 
 @triton.jit
@@ -82,7 +61,7 @@ def embed(
     tl.store(residual_TD + t * D + d, row.to(tl.float32), mask=d < D)
     if CLEARS:
         zero = tl.zeros((BLOCK,), partial_TD.dtype.element_ty)
-        num_parts = _num_parts(d, num_ctas, num_chunks, BLOCKS)
+        num_parts = num_parts_at(d, num_ctas, num_chunks, BLOCKS)
         for split in tl.static_range(0, SPLITS):
             at = partial_TD + split * (PART_ROWS * D) + t * D + d
             tl.store(at, zero, mask=(d < D) & (split < num_parts))
@@ -115,7 +94,7 @@ def norm(
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_D + d, mask=d < D, other=0.0)
-    num_parts = _num_parts(d, num_ctas, num_chunks, BLOCKS)
+    num_parts = num_parts_at(d, num_ctas, num_chunks, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -125,7 +104,7 @@ def norm(
     x = tl.load(residual_TD + row * D + d, mask=d < D, other=0.0)
     if ADD_PARTIAL:
         at = partial_TD + row * D + d
-        x += _sum_parts(at, d < D, num_parts, SPLITS, PART_ROWS * D).to(tl.float32)
+        x += sum_parts(at, d < D, num_parts, SPLITS, PART_ROWS * D).to(tl.float32)
         if not PICK_ROWS:
             tl.store(residual_TD + row * D + d, x, mask=d < D)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + EPS)
@@ -176,20 +155,19 @@ def rope_append(
     is_value = head >= H + K
     kv_head = tl.where(is_value, head - H - K, head - H)
     column = tl.where(is_query, head * E, tl.where(is_value, V_AT, K_AT) + kv_head * E) + i
-    num_first = _num_parts(column, num_ctas, num_chunks, BLOCKS)
-    num_second = _num_parts(column + E // 2, num_ctas, num_chunks, BLOCKS)
+    num_first = num_parts_at(column, num_ctas, num_chunks, BLOCKS)
+    num_second = num_parts_at(column + E // 2, num_ctas, num_chunks, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
     at = qkv_TX + t * XS + column
-    # Rounded as it is where the product itself was stored.
     dtype = q_TQ.dtype.element_ty
-    first = _sum_parts(at, is_in, num_first, SPLITS, PART_ROWS * XS).to(dtype).to(tl.float32)
-    second = _sum_parts(at + E // 2, is_in, num_second, SPLITS, PART_ROWS * XS)
-    second = second.to(dtype).to(tl.float32)
-    if HAS_BIAS:
-        first += tl.load(bias_N + head * E + i, mask=is_in, other=0.0)
-        second += tl.load(bias_N + head * E + i + E // 2, mask=is_in, other=0.0)
+    stride: tl.constexpr = PART_ROWS * XS
+    first = half_of_head(
+        at, bias_N + head * E + i, is_in, num_first, dtype, SPLITS, stride, HAS_BIAS
+    )
+    at, bias_at = at + E // 2, bias_N + head * E + i + E // 2
+    second = half_of_head(at, bias_at, is_in, num_second, dtype, SPLITS, stride, HAS_BIAS)
 
     position = tl.load(positions_T + t).to(tl.int64)
     cos = tl.load(cos_PE + position * (E // 2) + i, mask=i < E // 2, other=0.0)
@@ -202,9 +180,7 @@ def rope_append(
     q_at = t * (H * E) + head * E + i
     tl.store(q_TQ + q_at, left.to(dtype), mask=is_in & is_query)
     tl.store(q_TQ + q_at + E // 2, right.to(dtype), mask=is_in & is_query)
-    if CLIP:  # to the range of float16
-        left = tl.minimum(tl.maximum(left, -65504.0), 65504.0)
-        right = tl.minimum(tl.maximum(right, -65504.0), 65504.0)
+    left, right = clipped(left, CLIP), clipped(right, CLIP)
     slot = tl.load(slots_T + t).to(tl.int64)
     cache_at = ((slot // P * K + kv_head) * P + slot % P) * E + i
     dtype = keys_NKPE.dtype.element_ty
@@ -238,14 +214,14 @@ def silu_mul(
     """
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    num_gate = _num_parts(f, num_ctas, num_chunks, BLOCKS)
-    num_up = _num_parts(UP_AT + f, num_ctas, num_chunks, BLOCKS)
+    num_gate = num_parts_at(f, num_ctas, num_chunks, BLOCKS)
+    num_up = num_parts_at(UP_AT + f, num_ctas, num_chunks, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
     at = gate_up_TX + t * XS + f
-    gate = _sum_parts(at, f < F, num_gate, SPLITS, PART_ROWS * XS).to(tl.float32)
-    up = _sum_parts(at + UP_AT, f < F, num_up, SPLITS, PART_ROWS * XS).to(tl.float32)
+    gate = sum_parts(at, f < F, num_gate, SPLITS, PART_ROWS * XS).to(tl.float32)
+    up = sum_parts(at + UP_AT, f < F, num_up, SPLITS, PART_ROWS * XS).to(tl.float32)
     if HAS_BIAS:
         gate += tl.load(bias_N + f, mask=f < F, other=0.0)
         up += tl.load(bias_N + F + f, mask=f < F, other=0.0)
