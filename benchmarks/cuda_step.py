@@ -2,12 +2,12 @@
 
     python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128 ...]
                                    [--decode 1 8 16 32 64] [--prefill 128 2048]
-                                   [--plain] [--unfused] [--stream-k]
+                                   [--plain] [--unfused] [--untried]
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
 times graphs of one operation over all layers. `--plain` launches kernels one after the other,
-`--unfused` does without the target's own kernels for a few tokens. `--stream-k` times every step
-with and without `Choices.stream_k`, in turn, and says how far their logits are apart.
+`--unfused` does without the target's own kernels for a few tokens. `--untried` times every step
+also with what `Choices` has switched off, in turn, and says how far their logits are apart.
 Needs a GPU and Triton.
 """
 
@@ -70,11 +70,12 @@ def main() -> None:
         for batch in args.decode
     }
     steps |= {f"prefill {num_tokens}": bench.prefill(num_tokens) for num_tokens in args.prefill}
-    others = bench.with_choices(replace(choices, stream_k=True)) if args.stream_k else None
+    untried = replace(choices, stream_k=True, swiglu_tokens=512)
+    others = bench.with_choices(untried) if args.untried else None
     for what, batch in steps.items():
         logits_LV = bench.report(what, batch, bench.ops)
         if others:
-            found_LV = bench.report(f"{what}, stream-K", batch, others)
+            found_LV = bench.report(f"{what}, untried", batch, others)
             error = (found_LV - logits_LV).norm() / logits_LV.norm()
             print(f"{'':28} logits {float(error):.1e} apart")
 
@@ -90,6 +91,7 @@ class Steps:
         from puna.cuda.graphs import GraphRecorder
         from puna.cuda.library import Library
         from puna.cuda.stream_k import stream_k
+        from puna.cuda.swiglu import swiglu
 
         self.torch, self.config, self.weight_bytes = torch, config, 0
         files = compile_kernels(config)
@@ -107,6 +109,7 @@ class Steps:
         self._given: Any = config, 0, kernels, self.arrays, GraphRecorder()
         self._fused = fused_ops(*given) if is_fused else ()
         self._stream_k = stream_k(*given) if is_fused else None
+        self._swiglu = swiglu(config, kernels, driver, num_ctas) if is_fused else None
         self.ops = self.with_choices(choices)
         self.model = self._model()
 
@@ -114,7 +117,13 @@ class Steps:
         """Operations over the same arrays."""
         from puna.cuda.ops import CudaOps
 
-        return CudaOps(*self._given, choices, fused=self._fused, stream_k=self._stream_k)
+        return CudaOps(
+            *self._given,
+            choices,
+            fused=self._fused,
+            stream_k=self._stream_k,
+            swiglu=self._swiglu,
+        )
 
     def _model(self) -> Llama:
         spec, torch = self.config.spec, self.torch

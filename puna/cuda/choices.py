@@ -16,10 +16,12 @@ class Choices:
     beyond it cuBLAS. `decode_programs`: attention of a decode batch is shared out
     among about so many programs. `overlaps`: kernels may start before those in front have ended.
     `stream_k`: products of a target's own (`puna.cuda.stream_k`) in place of both, for as many
-    tokens as they are for; off until they have been measured on a GPU.
+    tokens as they are for; `swiglu_tokens`: from so many tokens on gate and up are one kernel with
+    SiLU, where the target has one. Both are off until they have been measured on a GPU.
     """
 
     direct_tokens: int = 64
     decode_programs: int = 528
     overlaps: bool = True
     stream_k: bool = False
+    swiglu_tokens: int | None = None

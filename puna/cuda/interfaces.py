@@ -145,3 +145,16 @@ class StreamKProducts(Protocol):
     def logits(
         self, x_LK: Tensor, weight_NK: Tensor, logits_LV: Tensor, overlaps: bool
     ) -> None: ...
+
+
+class SwigluProduct(Protocol):
+    """gate_up of many tokens as one kernel: `puna.cuda.swiglu.Swiglu`."""
+
+    def gate_up(
+        self,
+        x_TK: Tensor,
+        weight_XK: Tensor,
+        bias_N: Tensor | None,
+        act_TF: Tensor,
+        overlaps: bool,
+    ) -> None: ...

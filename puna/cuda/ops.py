@@ -31,6 +31,7 @@ from puna.cuda.interfaces import (
     Matrix,
     Recorder,
     StreamKProducts,
+    SwigluProduct,
     Tensor,
     joined,
 )
@@ -59,7 +60,7 @@ class CudaOps:
     `deterministic`: a row's result depends on nothing but the row (products and attention in one
     fixed order, whatever the batch). `fused` are kernels for a few tokens, where the target has
     some: each for up to so many tokens and for more than the one before it; `stream_k` its products
-    for more.
+    for more, `swiglu` one of them for many.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CudaOps:
         deterministic: bool = False,
         fused: tuple[tuple[int, FusedOps], ...] = (),
         stream_k: StreamKProducts | None = None,
+        swiglu: SwigluProduct | None = None,
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
         # They read the residual alone: nothing may be left beside it.
@@ -87,6 +89,7 @@ class CudaOps:
         self._is_deterministic = deterministic
         self._fused = fused
         self._stream_k = None if deterministic or not choices.stream_k else stream_k
+        self._swiglu = None if deterministic or choices.swiglu_tokens is None else swiglu
         # Of what is being recorded.
         self._fused_head: FusedOps | None = None
         self._projected: _Projected | None = None
@@ -250,6 +253,10 @@ class CudaOps:
             self._stream_k_product("gate_up", normed_TD, weight_XK, None)
         elif self._is_direct(x):
             self._gemm("gate_up", normed_TD, weight_XK, linear.bias_N, act_TF)
+            return
+        elif self._swiglu and num_tokens >= (self._choices.swiglu_tokens or 0):
+            call = partial(self._swiglu.gate_up, normed_TD, weight_XK, linear.bias_N, act_TF)
+            self._launches.own(call)
             return
         else:
             self._launches.product(normed_TD, weight_XK, gate_up_TX)

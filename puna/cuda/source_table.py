@@ -17,6 +17,8 @@ from puna.cuda.stream_k_plan import (
     stream_k_defines,
     stream_k_shared_bytes,
 )
+from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
+from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
 from puna.engine import EngineConfig
 
 
@@ -50,6 +52,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
         _BANDWIDTH,
         *(_fused_source(config, rows) for rows in fused_rows(config)),
         *(_stream_k_source(config, it) for it in tokens),
+        *([_swiglu_source(config)] if has_swiglu(config) else []),
     )
 
 
@@ -96,6 +99,15 @@ def _stream_k_source(config: EngineConfig, tokens: int) -> CudaSource:
     kernel = CudaKernel(name, "stream_k", arguments, STREAM_K_WARPS, shared, True)
     defines = tuple(stream_k_defines(config, tokens).items())
     return CudaSource(name, "stream_k_sm90.cu", defines, (kernel,))
+
+
+def _swiglu_source(config: EngineConfig) -> CudaSource:
+    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    arguments = (("w", "map"), ("x", "map"), ("bias", "*fp32"), ("act", dtype))
+    arguments += tuple((name, "i32") for name in ("num_tokens", "ffn", "up_at", "num_chunks"))
+    kernel = CudaKernel("swiglu", "swiglu", arguments, SWIGLU_WARPS, SHARED_BYTES, True)
+    defines = tuple(swiglu_defines(config).items())
+    return CudaSource("swiglu", "swiglu_sm90.cu", defines, (kernel,))
 
 
 _WEIGHT = (("w", "map"), ("bias", "*fp32"))

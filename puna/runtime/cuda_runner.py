@@ -28,6 +28,7 @@ from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library, read_kernels
 from puna.cuda.ops import CudaOps
 from puna.cuda.stream_k import stream_k
+from puna.cuda.swiglu import swiglu
 from puna.engine import RankMemory
 from puna.errors import EngineError
 from puna.layout import ArraySpec
@@ -354,6 +355,7 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             deterministic=opening.deterministic,
             fused=fused_ops(config, library, driver, arrays, num_ctas),
             stream_k=stream_k(config, library, driver, arrays, num_ctas),
+            swiglu=swiglu(config, library, driver, num_ctas),
         )
 
     try:

@@ -26,4 +26,3 @@ inline void send(u32 to, float4 v, u32 bar) {
   });
 }
 inline void arrive_remotely(u32 bar) { barrier(bar).arrive(0); }
-inline void mbar_wait_cluster(u32 bar, u32 parity) { mbar_wait(bar, parity); }

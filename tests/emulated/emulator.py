@@ -19,6 +19,8 @@ from puna.cuda.driver import TensorMap
 from puna.cuda.fused_plan import CLUSTER
 from puna.cuda.source_table import CudaKernel, CudaSource
 
+# Sources whose kernels that copy by maps run in clusters of two.
+IN_CLUSTERS = ("few_sm90.cu", "swiglu_sm90.cu")
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 
@@ -68,7 +70,7 @@ class EmulatedLibrary:
             library = _compile(source, folder)
             for i, kernel in enumerate(source.kernels):
                 streams = "map" in dict(kernel.arguments).values()
-                cluster = CLUSTER if streams and source.source == "few_sm90.cu" else 1
+                cluster = CLUSTER if streams and source.source in IN_CLUSTERS else 1
                 self._kernels[kernel.name] = library, i, kernel, cluster
 
     def launch(

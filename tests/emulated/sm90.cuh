@@ -299,6 +299,17 @@ inline void ldmatrix_t(u32 (&r)[4], u32 addr) {
   });
   memcpy(r, lane_out(), 16);
 }
+inline u32 transposed(u32 v) {
+  lane_in()[0] = v;
+  together([](Warp& w) {
+    for (int i = 0; i < 32; ++i) {
+      const int row = i / 4, shift = row % 2 * 16;
+      const u32 low = w.in[i % 4 * 8 + row / 2][0] >> shift & 0xffff, high = w.in[i % 4 * 8 + 4 + row / 2][0] >> shift & 0xffff;
+      w.out[i][0] = low | high << 16;
+    }
+  });
+  return lane_out()[0];
+}
 inline uint4 ldcg128(const void* p) { return *static_cast<const uint4*>(p); }
 inline float4 ldcg_f4(const void* p) { return *static_cast<const float4*>(p); }
 inline float4 ldg_f4(const void* p) { return *static_cast<const float4*>(p); }
@@ -368,6 +379,8 @@ inline void multiply(float* c, int num, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
 }
 inline void mma(float (&c)[2], u32 a0, u32 a1, u32 b0, u32 b1) { multiply(c, 2, a0, 0, a1, 0, b0, b1); }
 inline void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply(c, 4, a0, a1, a2, a3, b0, b1); }
+inline float approximate_exp2(float v) { return exp2f(v); }
+inline float approximate_inverse(float v) { return 1 / v; }
 inline float warp_sum(float v) {
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;

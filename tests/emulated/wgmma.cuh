@@ -1,9 +1,13 @@
 // csrc/wgmma.cuh without a GPU: products are computed at once.
 #pragma once
-#include "sm90.cuh"
+#include "cluster.cuh"
 
 inline void global_async_fence() {}
 inline void box_load_kept(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar) { box_load(dst, map, x, y, z, bar, 0); }
+inline void box_load_shared(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u16 mask) {
+  for (u32 i = 0; i < 16; ++i)
+    if (mask >> i & 1) box_load(remote(dst, i), map, x, y, z, remote(bar, i), 0);
+}
 inline u64 matrix(u32 addr) { return addr >> 4; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}

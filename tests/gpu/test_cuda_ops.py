@@ -40,6 +40,7 @@ from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library
 from puna.cuda.ops import CudaOps
 from puna.cuda.stream_k import stream_k
+from puna.cuda.swiglu import swiglu
 from puna.engine import EngineConfig
 from puna.errors import EngineError
 from puna.models.llama.model import Activations
@@ -67,6 +68,7 @@ def make_ops(
         choices,
         deterministic=deterministic,
         stream_k=stream_k(kernels.config, kernels, Driver(), arrays, num_ctas),
+        swiglu=swiglu(kernels.config, kernels, Driver(), num_ctas),
     )
 
 

@@ -164,6 +164,19 @@ def test_gate_up(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: in
 
 
 @both_dtypes
+def test_gate_up_of_many_tokens(device: TestDevice, dtype: str) -> None:
+    bench = Bench(device, STREAMED, dtype, max_num_tokens=160)
+    x, sum_TD = bench.stream(150, "o")
+    norm = Norm(bench.floats(STREAMED.hidden_size), 1e-5)
+    ffn = STREAMED.intermediate_size
+    linear = bench.linear([ffn, ffn], STREAMED.hidden_size, True)
+    act_TF = bench.poisoned(150, ffn, dtype=bench.dtype)
+    bench.run(lambda: bench.ops.gate_up(x, norm, linear, act_TF))
+    right, same = (activated(sum_TD, norm, linear, kind) for kind in (torch.float64, bench.dtype))
+    assert_near(act_TF, right, same)
+
+
+@both_dtypes
 @every_way
 def test_down(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: int) -> None:
     bench = Bench(device, spec, dtype)

@@ -50,6 +50,7 @@ else:
     from puna.cuda.ops import CudaOps
     from puna.cuda.source_table import CudaSource, cuda_sources
     from puna.cuda.stream_k import stream_k
+    from puna.cuda.swiglu import swiglu
     from puna.engine import EngineConfig
 
     @cache
@@ -144,6 +145,7 @@ else:
             deterministic=deterministic,
             # The CPU emulates a few CTAs.
             stream_k=stream_k(config, kernels, driver, arrays, 7) if COMPILER else None,
+            swiglu=swiglu(config, kernels, driver, 4) if COMPILER else None,
         )
 
     @pytest.fixture

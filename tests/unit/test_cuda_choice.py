@@ -34,7 +34,7 @@ SPEC = ModelSpec(
 )
 # Large enough for stream-K products.
 LARGE = replace(SPEC, hidden_size=1024, intermediate_size=1024, num_heads=16, head_dim=64)
-CHOICES = Choices(direct_tokens=20, stream_k=True)
+CHOICES = Choices(direct_tokens=20, stream_k=True, swiglu_tokens=100)
 
 
 class NamedKernels:
@@ -109,6 +109,16 @@ class StreamK:
         self.product("down", x, weight, None, overlaps)
 
 
+class Swiglu:
+    def __init__(self, kernels: NamedKernels) -> None:
+        self._kernels = kernels
+
+    def gate_up(self, x: Any, weight: Any, bias: Any, act: Any, overlaps: bool) -> None:
+        assert bias is None and len(x) == len(act)
+        self._kernels.launched.append("swiglu")
+        self._kernels.overlapping.append(overlaps)
+
+
 class Once:
     """A recorder that runs what it records."""
 
@@ -145,6 +155,7 @@ def launched(
         deterministic=deterministic,
         fused=((4, Fused(kernels, *fused)),) if fused else (),
         stream_k=StreamK(kernels) if spec == LARGE else None,
+        swiglu=Swiglu(kernels),
     )
     act = Activations(*(arrays[k] for k in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
     num_seqs = num_tokens if is_decode else 3
@@ -281,3 +292,13 @@ def test_where_a_target_has_other_ways_than_its_products() -> None:
     assert names[-3] == "stream-k down"
     names = launched(20, deterministic=True, spec=LARGE).launched
     assert not any("stream" in name for name in names)
+
+
+def test_many_tokens_have_gate_and_up_as_one_kernel() -> None:
+    kernels = launched(100)
+    layer = ["norm_partial", "rope_append", "prefill", "add_bias", "norm_partial", "swiglu"]
+    last = ["norm_partial_pick", "gemm_head_16", "argmax_chunks", "argmax_rows"]
+    assert kernels.launched == ["embed_partial", *layer, *layer, *last]
+    assert kernels.overlapping[kernels.launched.index("swiglu")]
+    assert "swiglu" not in launched(99).launched
+    assert "swiglu" not in launched(100, deterministic=True).launched

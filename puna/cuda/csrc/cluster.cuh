@@ -7,7 +7,8 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// Execution only: barriers are made known by mbar_init_fence. (With .release a fence of the whole GPU goes with it.)
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // Where a CTA of the cluster has what lies at `addr` here.
 __device__ __forceinline__ u32 remote(u32 addr, u32 rank) {
@@ -21,12 +22,8 @@ __device__ __forceinline__ void send(u32 to, float4 v, u32 bar) {
                "f"(v.z), "f"(v.w), "r"(bar)
                : "memory");
 }
+// Of the CTA's scope, as CUTLASS has it: for telling that shared memory has been read. (With .cluster the compiler puts a fence of
+// the whole GPU before it, and before each wait of that scope an invalidation of the first-level cache: once a tile, or a chunk.)
 __device__ __forceinline__ void arrive_remotely(u32 bar) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void mbar_wait_cluster(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nwait: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra wait;\n}\n" ::"r"(bar),
-      "r"(parity)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }

@@ -267,7 +267,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   bool has_sent = false;
   u32 received_parity = 0, taken_parity = 0;
   auto complete = [&]() {
-    mbar_wait_cluster(received, received_parity);
+    mbar_wait(received, received_parity);
     received_parity ^= 1;
     if (lane == 0) mbar_expect(received, SUMS);   // before the other CTA is told that it may send the next
 #pragma unroll
@@ -338,7 +338,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
       for (int n = 0; n < BLOCKS; ++n) mine[n] = v[n];
     } else {
       if (has_sent) {
-        mbar_wait_cluster(taken, taken_parity);
+        mbar_wait(taken, taken_parity);
         taken_parity ^= 1;
       }
       has_sent = true;
@@ -347,8 +347,6 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     }
   }
   if (awaited >= 0) complete();
-  __syncwarp();
-  cluster_arrive();
   if (MODE == QKV) {
     __syncthreads();        // what the input and the parts lay in is free
     const Team& team = cached.team;
@@ -358,8 +356,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     finish.end(p, words, warp, lane);
     if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
   }
-  __syncwarp();
-  cluster_wait();           // no CTA ends while the other may tell it that it took its sums
+  if (has_sent) mbar_wait(taken, taken_parity);     // no CTA ends while the other may tell it that it took its sums
 }
 
 #define KERNEL(name, mode, k)                                                                  \

@@ -11,6 +11,14 @@ __device__ __forceinline__ void box_load_kept(u32 dst, const TensorMap& map, int
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar)
       : "memory");
 }
+// A box to the same place in every CTA of the cluster whose bit is in `mask`, and counted by each one's barrier.
+__device__ __forceinline__ void box_load_shared(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u16 mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2,%3,%4}], [%5], %6;" ::"r"(dst),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar), "h"(mask)
+      : "memory");
+}
 
 // A matrix in shared memory whose rows are 128 bytes, swizzled: bits 62 and 63 say so; 1,024 bytes from eight rows to the next.
 // 16 columns further are 32 bytes: 2 more.
