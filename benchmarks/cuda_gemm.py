@@ -7,8 +7,8 @@
 Each way runs in a CUDA graph that goes over copies of the matrix which together are larger than the
 L2 cache. Prints the fastest ways of each product, with TB/s of the weights, and what
 `puna.cuda.gemm_shapes` would take; the table there is filled from here. With --library it times
-torch's products of so many tokens instead: by either of its libraries, and as W x^T. Needs a GPU
-and Triton.
+torch's products of so many tokens instead: by either of its libraries, as W x^T, and added to
+float32 numbers as a residual would be. Needs a GPU and Triton.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from puna.engine import EngineConfig, Provenance
 from puna.plan import BuildConfig, CheckpointFacts, plan
 from puna.spec import GenerationDefaults
 
+LIBRARY_WAYS = ("x W^T", "W x^T", "+= x W^T")
 MATRIX_BYTES = 400e6  # of all copies
 ROUNDS = 5
 
@@ -54,10 +55,8 @@ def main() -> None:
         for role, num_tokens in product(args.roles, args.library):
             matrices = _Matrices(kernels[f"gemm_{role}_16"], torch, num_tokens)
             times = {
-                f"{library}{' W x^T' if is_turned else ''}": matrices.time_cublas(
-                    library, is_turned
-                )
-                for library, is_turned in product(libraries, (False, True))
+                f"{library} {way}": matrices.time_cublas(library, way)
+                for library, way in product(libraries, LIBRARY_WAYS)
             }
             lines = ", ".join(f"{name} {matrices.line(us)}" for name, us in times.items())
             print(f"{role} {num_tokens}: {lines}", flush=True)
@@ -169,23 +168,27 @@ class _Matrices:
 
         return self._time(emit)
 
-    def time_cublas(self, library: str = "cublas", is_turned: bool = False) -> float:
-        full, num_cols = self.full.T.contiguous() if is_turned else self.full, self.constants["K"]
+    def time_cublas(self, library: str = "cublas", way: str = LIBRARY_WAYS[0]) -> float:
+        torch, num_cols = self.torch, self.constants["K"]
+        full = self.full.T.contiguous() if way == "W x^T" else self.full
+        sums = self.full.float()
 
         def emit() -> None:
             for w in self.weights:
                 w_NK = w[:, :num_cols]
-                if is_turned:
-                    self.torch.mm(w_NK, self.x.T, out=full)
+                if way == "W x^T":
+                    torch.mm(w_NK, self.x.T, out=full)
+                elif way == "+= x W^T":
+                    torch.addmm(sums, self.x, w_NK.T, torch.float32, out=sums)
                 else:
-                    self.torch.mm(self.x, w_NK.T, out=full)
+                    torch.mm(self.x, w_NK.T, out=full)
 
-        before = self.torch.backends.cuda.preferred_blas_library()
-        self.torch.backends.cuda.preferred_blas_library(library)
+        before = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library(library)
         try:
             return self._time(emit)
         finally:
-            self.torch.backends.cuda.preferred_blas_library(before)
+            torch.backends.cuda.preferred_blas_library(before)
 
     def _time(self, emit: Callable[[], None]) -> float:
         from puna.cuda.graphs import GraphRecorder

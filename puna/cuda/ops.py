@@ -1,15 +1,8 @@
 """CudaOps: every operation as launches on the current CUDA stream, recorded as a CUDA graph.
 
-This file decides which kernels an operation is, and which product goes to cuBLAS; how many
-tokens decide between them is in `puna.cuda.choices`. It knows nothing of how a kernel computes.
-
-The residual is float32; what feeds a product, and `partial`, have the engine's dtype. Beyond
-`Choices.direct_tokens` tokens cuBLAS computes the products: it writes `partial`, and the consumer
-adds it. Up to so many, and always where the engine runs deterministically, they are skinny ones,
-which add into the residual or leave parts for the consumer to add; `partial` is not touched. Some
-targets have products of their own for numbers on either side of that bound, which leave parts too
-(`StreamKProducts`), and whole operations for the fewest tokens (`FusedOps`). Which it is depends on
-the stream's number of tokens alone, so operations of one step may be recorded apart.
+This file decides which kernels an operation is; how its product is computed, and where that leaves
+it, `puna.cuda.products`; when launches may overlap, `puna.cuda.launches`. It knows nothing of how a
+kernel computes. The residual is float32; what feeds a product has the engine's dtype.
 
 Shape suffixes as in `puna.ops`; X = rows of several matrices together, padding included.
 """
@@ -35,9 +28,10 @@ from puna.cuda.interfaces import (
     Tensor,
     joined,
 )
-from puna.cuda.kernel_table import GEMM_TILES, ROPE_HEADS, ROW_BLOCK
+from puna.cuda.kernel_table import ROPE_HEADS
 from puna.cuda.launches import Launches
-from puna.cuda_memory import ARGMAX_CHUNK, PART_ROWS, padded_rows
+from puna.cuda.products import Products
+from puna.cuda_memory import ARGMAX_CHUNK, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Linear, Norm, Program, RopeTable, Stream
 from puna.quant import Format
@@ -87,9 +81,16 @@ class CudaOps:
         )
         self._choices = choices
         self._is_deterministic = deterministic
-        self._fused = fused
-        self._stream_k = None if deterministic or not choices.stream_k else stream_k
-        self._swiglu = None if deterministic or choices.swiglu_tokens is None else swiglu
+        self._products = Products(
+            kernels,
+            arrays,
+            self._launches,
+            choices,
+            deterministic=deterministic,
+            fused=fused,
+            stream_k=stream_k if choices.stream_k else None,
+            swiglu=swiglu,
+        )
         # Of what is being recorded.
         self._fused_head: FusedOps | None = None
         self._projected: _Projected | None = None
@@ -112,7 +113,7 @@ class CudaOps:
 
     def embed(self, token_ids_T: Tensor, table: Linear, x: Stream) -> None:
         (matrix,) = table.weights
-        beside, array = self._beside(x)
+        beside, array = self._products.beside(x)
         last_tokens_R = self._arrays["last_tokens_R"]
         self._launches.launch(
             f"embed{beside}",
@@ -123,7 +124,7 @@ class CudaOps:
                 matrix.data_NK,
                 x.residual_TD,
                 array,
-                *self._cut("down", x),
+                *self._products.cut("down", x),
             ),
         )
 
@@ -147,28 +148,17 @@ class CudaOps:
         num_tokens, q_size = q_TQ.shape
         normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
         self._norm(x, norm, normed_TD, "down")
-        way = ""
-        if stream_k := self._stream_k_for(x):
-            way, qkv_TX = "_stream_k", stream_k.parts
-            self._stream_k_product("qkv", normed_TD, weight_XK, None)
-        elif not self._is_direct(x):
-            self._launches.product(normed_TD, weight_XK, qkv_TX)
-        elif self._leaves_parts("qkv", num_tokens):
-            way, parts = "_parts", self._arrays["product_parts"]
-            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX, parts)
-            qkv_TX = parts
-        else:
-            self._gemm("qkv", normed_TD, weight_XK, None, qkv_TX)
+        way, qkv_TX = self._products.project(x, normed_TD, weight_XK, qkv_TX)
         given = qkv_TX, self._bias(linear), rope.cos_PE, rope.sin_PE
         given += batch.positions_T, batch.slots_T
         if batch.is_decode and not self._is_deterministic:
-            self._projected = _Projected(way, given, self._cut("qkv", x))
+            self._projected = _Projected(way, given, self._products.cut("qkv", x))
             return
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
         num_heads = q_size // head_dim + 2 * num_kv_heads
         arrays = q_TQ, cache.keys_NKEP, cache.values_NKPE
         grid = num_tokens, -(-num_heads // ROPE_HEADS), 1
-        cut = self._cut("qkv", x)
+        cut = self._products.cut("qkv", x)
         self._launches.launch(f"rope_append{way}", grid, (*given, *arrays, *cut))
 
     def attention(
@@ -186,7 +176,7 @@ class CudaOps:
             self._attend_decode(batch, cache, attended_TQ)
         else:
             self._attend_prefill(q_TQ, batch, cache, attended_TQ)
-        self._into_stream("o", attended_TQ, out, x)
+        self._products.into_stream("o", attended_TQ, out, x)
 
     def _attend_decode(self, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor) -> None:
         projected, self._projected = self._projected, None
@@ -246,30 +236,15 @@ class CudaOps:
             return
         normed_TD = self._scratch("normed_TD", x)
         self._norm(x, norm, normed_TD, "o")
-        num_tokens, ffn = act_TF.shape
-        name, gate_up_TX = "silu_mul", self._scratch("gate_up_TX", x)
-        if stream_k := self._stream_k_for(x):
-            name, gate_up_TX = "silu_mul_stream_k", stream_k.parts
-            self._stream_k_product("gate_up", normed_TD, weight_XK, None)
-        elif self._is_direct(x):
-            self._gemm("gate_up", normed_TD, weight_XK, linear.bias_N, act_TF)
-            return
-        elif self._swiglu and num_tokens >= (self._choices.swiglu_tokens or 0):
-            call = partial(self._swiglu.gate_up, normed_TD, weight_XK, linear.bias_N, act_TF)
-            self._launches.own(call)
-            return
-        else:
-            self._launches.product(normed_TD, weight_XK, gate_up_TX)
-        grid = (num_tokens, -(-ffn // ROW_BLOCK), 1)
-        arguments = gate_up_TX, self._bias(linear), act_TF, *self._cut("gate_up", x)
-        self._launches.launch(name, grid, arguments)
+        gate_up_TX = self._scratch("gate_up_TX", x)
+        self._products.gate_up(x, normed_TD, weight_XK, linear.bias_N, gate_up_TX, act_TF)
 
     def down(self, act_TF: Tensor, linear: Linear, x: Stream) -> None:
         if fused := self._fused_for("down", x):
             (matrix,) = linear.weights
             self._launches.fused(partial(fused.down, act_TF, matrix.data_NK, linear.bias_N, x))
             return
-        self._into_stream("down", act_TF, linear, x)
+        self._products.into_stream("down", act_TF, linear, x)
 
     def head(
         self, x: Stream, rows_L: Tensor, norm: Norm, linear: Linear, logits_LV: Tensor
@@ -281,16 +256,20 @@ class CudaOps:
             self._launches.fused(partial(fused.head, x, rows_L, norm, matrix.data_NK, logits_LV))
             return
         normed_LD = self._arrays["normed_TD"][: len(rows_L)]
-        beside, array = self._beside(x)
+        beside, array = self._products.beside(x)
         self._launches.launch(
             f"norm{beside}_pick",
             (len(rows_L), 1, 1),
-            (x.residual_TD, array, norm.weight_D, normed_LD, rows_L, *self._cut("down", x)),
+            (
+                x.residual_TD,
+                array,
+                norm.weight_D,
+                normed_LD,
+                rows_L,
+                *self._products.cut("down", x),
+            ),
         )
-        if (stream_k := self._stream_k) and len(rows_L) <= stream_k.most_tokens:
-            self._launches.own(partial(stream_k.logits, normed_LD, matrix.data_NK, logits_LV))
-        else:
-            self._gemm("head", normed_LD, matrix.data_NK, None, logits_LV)
+        self._products.logits(normed_LD, matrix.data_NK, logits_LV)
 
     def sample_greedy(
         self, logits_LV: Tensor, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor
@@ -314,52 +293,8 @@ class CudaOps:
             pairs_C2 = torch.as_tensor(copies_C2).to(array.device, torch.int64)
             array[:, :, pairs_C2[:, 1]] = array[:, :, pairs_C2[:, 0]]
 
-    def _is_direct(self, x: Stream) -> bool:
-        """Whether products of this stream's rows are skinny ones."""
-        return self._is_deterministic or len(x.residual_TD) <= self._choices.direct_tokens
-
-    def _leaves_parts(self, role: str, num_tokens: int) -> bool:
-        """Of a skinny product."""
-        return num_tokens <= PART_ROWS and self._kernels.constant(f"gemm_{role}_16", "SPLITS") > 1
-
-    def _beside(self, x: Stream) -> tuple[str, Tensor]:
-        """What of a stream is beside its residual, by the number of its rows: nothing, the parts of
-        a product, or `partial`."""
-        if stream_k := self._stream_k_for(x):
-            return "_stream_k", stream_k.parts
-        if not self._is_direct(x):
-            return "_partial", x.partial_TD
-        if self._few(x) is None and self._leaves_parts("o", len(x.residual_TD)):
-            return "_parts", self._arrays["product_parts"]
-        return "", x.partial_TD
-
-    def _few(self, x: Stream) -> FusedOps | None:
-        """The target's fused operations for a stream of so many rows."""
-        if self._is_deterministic:
-            return None
-        num_tokens = len(x.residual_TD)
-        return next((fused for most, fused in self._fused if num_tokens <= most), None)
-
-    def _stream_k_for(self, x: Stream) -> StreamKProducts | None:
-        """The target's products in parts for a stream of so many rows."""
-        stream_k = self._stream_k
-        if stream_k is None or self._few(x):
-            return None
-        return stream_k if len(x.residual_TD) <= stream_k.most_tokens else None
-
-    def _cut(self, role: str, x: Stream) -> tuple[int, int]:
-        """For who reads a role's product, where its parts are the target's own."""
-        stream_k = self._stream_k_for(x)
-        return stream_k.cut(role) if stream_k else (0, 0)
-
-    def _stream_k_product(
-        self, role: str, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None
-    ) -> None:
-        assert self._stream_k
-        self._launches.own(partial(self._stream_k.product, role, x_MK, weight_NK, bias_N))
-
     def _fused_for(self, operation: str, x: Stream) -> FusedOps | None:
-        fused = self._few(x)
+        fused = self._products.few(x)
         return fused if fused and operation in fused.operations else None
 
     def _scratch(self, name: str, x: Stream) -> Tensor:
@@ -369,52 +304,14 @@ class CudaOps:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if linear.bias_N is None else linear.bias_N
 
-    def _norm(self, x: Stream, norm: Norm, out_TD: Tensor, before: str) -> None:
-        """`before`: the role of the product that was added last."""
-        beside, array = self._beside(x)
-        arguments = x.residual_TD, array, norm.weight_D, out_TD, self._arrays["last_tokens_R"]
-        self._launches.launch(
-            f"norm{beside}", (len(out_TD), 1, 1), (*arguments, *self._cut(before, x))
-        )
-
-    def _into_stream(self, role: str, in_TK: Tensor, linear: Linear, x: Stream) -> None:
-        """Add a product to the stream: to its residual, or beside it."""
-        (matrix,) = linear.weights
-        if self._stream_k_for(x):
-            self._stream_k_product(role, in_TK, matrix.data_NK, linear.bias_N)
-            return
-        beside, array = self._beside(x)
-        if beside != "_partial":
-            parts = array if beside == "_parts" else None
-            self._gemm(role, in_TK, matrix.data_NK, linear.bias_N, x.residual_TD, parts)
-            return
-        self._launches.product(in_TK, matrix.data_NK, x.partial_TD)
-        if linear.bias_N is not None:
-            num_tokens, hidden = x.partial_TD.shape
-            grid = (num_tokens, -(-hidden // ROW_BLOCK), 1)
-            self._launches.launch("add_bias", grid, (x.partial_TD, linear.bias_N))
-
-    def _gemm(
-        self,
-        role: str,
-        x_MK: Tensor,
-        w_NK: Tensor,
-        bias_N: Tensor | None,
-        y_MN: Tensor,
-        parts: Tensor | None = None,
+    def _norm(
+        self, x: Stream, norm: Norm, out_LD: Tensor, before: str, rows_L: Tensor | None = None
     ) -> None:
-        """The skinny product of a role, in tiles of as many tokens as there are, or of the most:
-        into y, or its parts for the consumer to add."""
-        num_tokens = len(x_MK)
-        tile = next((tile for tile in GEMM_TILES if num_tokens <= tile), GEMM_TILES[-1])
-        name, num_splits = f"gemm_{role}_{tile}", 1
-        splits = self._kernels.constant(name, "SPLITS")
-        if parts is not None:
-            num_splits = splits
-        elif splits > 1:
-            name, tile = f"gemm_{role}_whole", GEMM_TILES[-1]
-        num_programs = -(-y_MN.shape[1] // self._kernels.constant(name, "BLOCK_N"))
-        bias = self._arrays["rope_cos_PE"] if bias_N is None else bias_N
-        grid = (-(-num_tokens // tile), num_programs, num_splits)
-        out = y_MN if parts is None else parts
-        self._launches.launch(name, grid, (x_MK, w_NK, bias, out, num_tokens))
+        """Of all rows of the stream, or of some. `before`: the role of the product that was added
+        last."""
+        beside, array = self._products.beside(x)
+        name = f"norm{beside}" if rows_L is None else f"norm{beside}_pick"
+        rows_L = self._arrays["last_tokens_R"] if rows_L is None else rows_L
+        given = x.residual_TD, array, norm.weight_D, out_LD, rows_L
+        cut = self._products.cut(before, x)
+        self._launches.launch(name, (len(out_LD), 1, 1), (*given, *cut))

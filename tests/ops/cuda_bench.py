@@ -149,7 +149,7 @@ class Bench:
 
     def beside(self, x: Stream) -> str:
         """How the operations hold what is not in the residual yet."""
-        return self.ops._beside(x)[0]
+        return self.ops._products.beside(x)[0]
 
     def parts(self, num_tokens: int) -> torch.Tensor:
         """The parts of products of o and down, [SPLITS, T, D]."""
@@ -159,7 +159,7 @@ class Bench:
 
     def stream_k_parts(self, role: str, num_tokens: int) -> list[torch.Tensor]:
         """Of each block of a role's product, its parts [P, T, rows of the block]."""
-        cut, own = stream_k_cuts(self.config)[role], self.ops._stream_k
+        cut, own = stream_k_cuts(self.config)[role], self.ops._products._stream_k
         assert own
         num_ctas, _ = own.cut(role)
         shape = cut.most_parts, PART_TOKENS, cut.num_rows

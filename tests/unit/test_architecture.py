@@ -67,6 +67,7 @@ RUN = [
         "cuda.graphs",
         "cuda.library",
     ),
+    ("cuda.products",),
     ("cuda.maps", "cuda.launches"),
     ("ops", "cuda.choices", "cuda.interfaces", "cuda.hash32"),
 ]
@@ -96,6 +97,7 @@ RUN_ONLY += (
     "cuda.fused",
     "cuda.stream_k",
     "cuda.swiglu",
+    "cuda.products",
     "cuda.launches",
     "cuda.maps",
     "cuda.draw",
