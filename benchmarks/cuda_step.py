@@ -2,12 +2,13 @@
 
     python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128 ...]
                                    [--decode 1 8 16 32 64] [--prefill 128 2048]
-                                   [--plain] [--unfused] [--untried]
+                                   [--plain] [--unfused] [--untried] [--profile]
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
 times graphs of one operation over all layers. `--plain` launches kernels one after the other,
 `--unfused` does without the target's own kernels for a few tokens. `--untried` times every step
 also with what `Choices` has switched off, in turn, and says how far their logits are apart.
+`--profile` says what each kernel of a step took, by torch's profiler.
 Needs a GPU and Triton.
 """
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--stream-k", action="store_true", help="with and without stream-K products"
     )
+    parser.add_argument("--profile", action="store_true", help="what each kernel of a step took")
     parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")
     args = parser.parse_args()
     import torch
@@ -59,7 +61,7 @@ def main() -> None:
     if args.direct is not None:
         choices = replace(choices, direct_tokens=args.direct)
     start = time.perf_counter()
-    bench = Steps(config, torch, choices, is_fused=not args.unfused)
+    bench = Steps(config, torch, choices, is_fused=not args.unfused, is_profiled=args.profile)
     print(
         f"{torch.cuda.get_device_name()}, {target}, {args.model} {args.dtype}: kernels and weights "
         f"made in {time.perf_counter() - start:.1f} s, {bench.weight_bytes / 1e9:.2f} GB"
@@ -84,7 +86,13 @@ class Steps:
     """A model with random weights on the GPU."""
 
     def __init__(
-        self, config: EngineConfig, torch: Any, choices: Choices, *, is_fused: bool
+        self,
+        config: EngineConfig,
+        torch: Any,
+        choices: Choices,
+        *,
+        is_fused: bool,
+        is_profiled: bool,
     ) -> None:
         from puna.cuda.driver import Driver
         from puna.cuda.few import fused_ops
@@ -94,6 +102,7 @@ class Steps:
         from puna.cuda.swiglu import swiglu
 
         self.torch, self.config, self.weight_bytes = torch, config, 0
+        self.is_profiled = is_profiled
         files = compile_kernels(config)
         torch.zeros(1, device="cuda")
         driver = Driver()
@@ -238,7 +247,24 @@ class Steps:
         }
         times = ", ".join(f"{name} {self.time(ops, emit):.3f}" for name, emit in parts.items())
         print(f"{what:28} {self.time(ops, step):8.3f} ms   {times}", flush=True)
+        if self.is_profiled:
+            self.profile(ops, step)
         return logits_LV.clone()
+
+    def profile(self, ops: CudaOps, emit: Callable[[], None]) -> None:
+        """Print what the kernels of a step took together, by name."""
+        from torch.profiler import ProfilerActivity, profile
+
+        program = ops.record(emit)
+        program.run()
+        self.torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            program.run()
+            self.torch.cuda.synchronize()
+        kernels = sorted(found.key_averages(), key=lambda it: -it.self_device_time_total)
+        for it in kernels:
+            us = it.self_device_time_total
+            print(f"{us / 1e3:12.3f} ms {it.count:5} x {us / it.count:8.2f} us  {it.key[:70]}")
 
     def time(self, ops: CudaOps, emit: Callable[[], None]) -> float:
         """Milliseconds, the median."""
