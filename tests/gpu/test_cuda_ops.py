@@ -19,12 +19,10 @@ from cuda_attention_cases import (
     Attention,
     attention_step,
     check_attention,
+    check_company,
     check_decode,
-    decode_step,
-    naive_attention,
-    naive_decode,
 )
-from cuda_bench import Bench, TestDevice, activated, assert_near, error, norm_of, project
+from cuda_bench import Bench, TestDevice, activated, assert_near, norm_of, project
 from cuda_cases import *  # noqa: F403
 from cuda_configs import BLOCK
 from cuda_model_cases import *  # noqa: F403
@@ -215,39 +213,10 @@ def test_attention_of_a_row_is_alone_where_deterministic(device: TestDevice) -> 
         assert torch.equal(y.residual_TD - y.residual_TD, torch.zeros_like(y.residual_TD))
 
 
-def test_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
-    """Parts of a context follow from its length: alone or among 64, the same bits."""
-    spec = LLAMA_3_8B
-    bench = Bench(device, spec, "bfloat16", max_batch_size=64, max_seq_len=4096, stream_k=False)
-    step = decode_step(bench, [1 + (i * 613) % 4000 for i in range(64)], 64)
-    residual_TD, attended_TQ = step.sum_TD, bench.arrays["attended_TQ"]
-    attention = step.attention
-
-    def attended(rows: slice) -> torch.Tensor:
-        """Of some of the sequences; the sum of the stream is all in its residual."""
-        num, held = rows.stop - rows.start, attention.batch
-        batch = ForwardBatch(
-            held.token_ids_T[rows],
-            held.positions_T[rows].clone(),
-            held.slots_T[rows].clone(),
-            bench.integers(range(num + 1)),
-            held.seq_lens_S[rows].clone(),
-            held.block_table_SM[rows].clone(),
-            bench.integers([]),
-            is_decode=True,
-        )
-        x = Stream(residual_TD[rows].clone(), bench.poisoned(num, spec.hidden_size))
-        bench.arrays["product_parts"][:] = 0.0
-        attended_TQ[:] = float("nan")
-        part = replace(step, attention=replace(attention, batch=batch), x=x, sum_TD=x.residual_TD)
-        bench.run(lambda: part.emit(bench))
-        return attended_TQ[:num].clone()
-
-    expected_TQ = attended(slice(0, 64))
-    right = naive_attention(bench, naive_decode(bench, step, torch.float64), torch.float64)
-    assert error(expected_TQ, right) < 1e-2
-    for i in (5, 30):
-        assert torch.equal(attended(slice(i, i + 1)), expected_TQ[i : i + 1])
+def test_real_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
+    limits = {"max_batch_size": 64, "max_seq_len": 4096}
+    bench = Bench(device, LLAMA_3_8B, "bfloat16", **limits, stream_k=False, direct_tokens=64)
+    check_company(bench, [1 + (i * 613) % 4000 for i in range(64)], (5, 30))
 
 
 def test_an_engines_files_run_and_graphs_replay(device: TestDevice) -> None:

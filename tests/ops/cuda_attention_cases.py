@@ -15,6 +15,7 @@ from cuda_bench import (
     TestDevice,
     assert_near,
     both_dtypes,
+    error,
     norm_of,
     project,
 )
@@ -211,6 +212,42 @@ def check_decode(bench: Bench, contexts: list[int], num_seqs: int) -> None:
         assert torch.equal(was.nan_to_num(7.0), stored.nan_to_num(7.0)), "others were written"
 
 
+def check_company(bench: Bench, contexts: list[int], alone: tuple[int, ...]) -> None:
+    """Parts of a context follow from its length: alone or among others, the same bits. The products
+    before must be the same for any number of tokens, too."""
+    num_seqs = len(contexts)
+    step = decode_step(bench, contexts, num_seqs)
+    held, attended_TQ = step.attention.batch, bench.arrays["attended_TQ"]
+
+    def attended(rows: slice) -> torch.Tensor:
+        """Of some of the sequences; the sum of the stream is all in its residual."""
+        num = rows.stop - rows.start
+        batch = ForwardBatch(
+            held.token_ids_T[rows],
+            held.positions_T[rows].clone(),
+            held.slots_T[rows].clone(),
+            bench.integers(range(num + 1)),
+            held.seq_lens_S[rows].clone(),
+            held.block_table_SM[rows].clone(),
+            bench.integers([]),
+            is_decode=True,
+        )
+        residual_TD = step.sum_TD[rows].clone()
+        x = Stream(residual_TD, bench.poisoned(*residual_TD.shape, dtype=bench.dtype))
+        bench.arrays["product_parts"][:] = 0.0
+        attended_TQ[:] = float("nan")
+        attention = replace(step.attention, batch=batch)
+        part = replace(step, attention=attention, x=x, sum_TD=residual_TD)
+        bench.run(lambda: part.emit(bench))
+        return attended_TQ[:num].clone()
+
+    expected_TQ = attended(slice(0, num_seqs))
+    right = naive_attention(bench, naive_decode(bench, step, torch.float64), torch.float64)
+    assert error(expected_TQ, right) < 1e-2
+    for i in alone:
+        assert torch.equal(attended(slice(i, i + 1)), expected_TQ[i : i + 1]), contexts[i]
+
+
 SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
     [(6, 2, 24), (4, 4, 16), (3, 1, 80), (8, 1, 64)],
@@ -262,6 +299,11 @@ def test_decode_attention_of_every_product(
     """In parts, whole, by cuBLAS, and stream-K."""
     bench = Bench(device, spec, "float16", max_batch_size=num_seqs)
     check_decode(bench, [1 + 37 * i % 150 for i in range(num_seqs)], num_seqs)
+
+
+def test_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
+    bench = Bench(device, SPEC, "float16", max_batch_size=6)
+    check_company(bench, [300, 1, 64, 513, 65, 700], (0, 2, 5))
 
 
 def test_deterministic_decode_attention_is_that_of_prefill(device: TestDevice) -> None:

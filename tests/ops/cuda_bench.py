@@ -85,6 +85,7 @@ class Bench:
         max_seq_len: int = 1024,
         overlaps: bool = True,
         stream_k: bool = True,
+        direct_tokens: int = DIRECT,
     ) -> None:
         self.config = cuda_config(
             spec,
@@ -95,9 +96,7 @@ class Bench:
         )
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
-        choices = Choices(
-            direct_tokens=DIRECT, overlaps=overlaps, stream_k=stream_k, swiglu_tokens=150
-        )
+        choices = Choices(direct_tokens, overlaps=overlaps, stream_k=stream_k, swiglu_tokens=150)
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
         self.rng = torch.Generator(self.device).manual_seed(5)
 
