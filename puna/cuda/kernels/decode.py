@@ -128,12 +128,12 @@ def decode(
     is_in = (r < J)[:, None] & is_half[None, :]
     q_at, k_at = head_R[:, None] * E + i[None, :], K_AT + kv_head * E + i
     v_at = V_AT + kv_head * E + i
-    num_q = num_parts_at(q_at, num_ctas, num_chunks, BLOCKS)
-    other_num_q = num_parts_at(q_at + E // 2, num_ctas, num_chunks, BLOCKS)
-    num_k = num_parts_at(k_at, num_ctas, num_chunks, BLOCKS)
-    other_num_k = num_parts_at(k_at + E // 2, num_ctas, num_chunks, BLOCKS)
-    num_v = num_parts_at(v_at, num_ctas, num_chunks, BLOCKS)
-    other_num_v = num_parts_at(v_at + E // 2, num_ctas, num_chunks, BLOCKS)
+    num_q = num_parts_at(q_at, num_ctas, num_chunks, SPLITS, BLOCKS)
+    other_num_q = num_parts_at(q_at + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
+    num_k = num_parts_at(k_at, num_ctas, num_chunks, SPLITS, BLOCKS)
+    other_num_k = num_parts_at(k_at + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
+    num_v = num_parts_at(v_at, num_ctas, num_chunks, SPLITS, BLOCKS)
+    other_num_v = num_parts_at(v_at + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
     position = tl.load(positions_S + seq).to(tl.int64)
     cos = tl.load(cos_PE + position * (E // 2) + i, mask=is_half, other=0.0)
     sin = tl.load(sin_PE + position * (E // 2) + i, mask=is_half, other=0.0)

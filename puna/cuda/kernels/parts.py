@@ -15,10 +15,10 @@ import triton.language as tl
 
 
 @triton.jit
-def num_parts_at(column, num_ctas, num_chunks, BLOCKS: tl.constexpr):
-    """How many parts a product has at a column: all of them, or (BLOCKS over 0) as many as
+def num_parts_at(column, num_ctas, num_chunks, SPLITS: tl.constexpr, BLOCKS: tl.constexpr):
+    """How many parts a product has at a column: SPLITS, or (BLOCKS over 0) as many as
     `puna.cuda.stream_k_plan.Cut.num_parts` says of the column's block of 256."""
-    num = column * 0 + 1000
+    num = column * 0 + SPLITS
     if BLOCKS > 0:
         block = column // 256
         chunks = BLOCKS * num_chunks

@@ -61,7 +61,7 @@ def embed(
     tl.store(residual_TD + t * D + d, row.to(tl.float32), mask=d < D)
     if CLEARS:
         zero = tl.zeros((BLOCK,), partial_TD.dtype.element_ty)
-        num_parts = num_parts_at(d, num_ctas, num_chunks, BLOCKS)
+        num_parts = num_parts_at(d, num_ctas, num_chunks, SPLITS, BLOCKS)
         for split in tl.static_range(0, SPLITS):
             at = partial_TD + split * (PART_ROWS * D) + t * D + d
             tl.store(at, zero, mask=(d < D) & (split < num_parts))
@@ -94,7 +94,7 @@ def norm(
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_D + d, mask=d < D, other=0.0)
-    num_parts = num_parts_at(d, num_ctas, num_chunks, BLOCKS)
+    num_parts = num_parts_at(d, num_ctas, num_chunks, SPLITS, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -155,8 +155,8 @@ def rope_append(
     is_value = head >= H + K
     kv_head = tl.where(is_value, head - H - K, head - H)
     column = tl.where(is_query, head * E, tl.where(is_value, V_AT, K_AT) + kv_head * E) + i
-    num_first = num_parts_at(column, num_ctas, num_chunks, BLOCKS)
-    num_second = num_parts_at(column + E // 2, num_ctas, num_chunks, BLOCKS)
+    num_first = num_parts_at(column, num_ctas, num_chunks, SPLITS, BLOCKS)
+    num_second = num_parts_at(column + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -214,8 +214,8 @@ def silu_mul(
     """
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    num_gate = num_parts_at(f, num_ctas, num_chunks, BLOCKS)
-    num_up = num_parts_at(UP_AT + f, num_ctas, num_chunks, BLOCKS)
+    num_gate = num_parts_at(f, num_ctas, num_chunks, SPLITS, BLOCKS)
+    num_up = num_parts_at(UP_AT + f, num_ctas, num_chunks, SPLITS, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
