@@ -1,41 +1,28 @@
 """CudaRunner on the CPU, its kernels under Triton's interpreter: whole requests through a session,
 against the reference device, and with steps that run ahead against steps that do not.
 
-As in test_triton_kernels, the cases run in a process of their own.
+The cases run in a process of their own: see `interpreter`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-pytest.importorskip("torch")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from interpreter import IS_INTERPRETED, run_interpreted
 
 if not IS_INTERPRETED:
 
     def test_cases_under_the_interpreter() -> None:
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", __file__],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     import numpy as np
     import torch
-    from test_triton_kernels import InterpretedKernels
+    from interpreted_kernels import InterpretedKernels
 
     from puna.builder import plan_checkpoint
     from puna.checkpoint.dummy import DummyCheckpoint, parse_preset
