@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without overlapping kernels")
     parser.add_argument("--unfused", action="store_true", help="portable kernels only")
     parser.add_argument(
-        "--stream-k", action="store_true", help="with and without stream-K products"
+        "--untried", action="store_true", help="also with what is switched off, one after the other"
     )
     parser.add_argument("--profile", action="store_true", help="what each kernel of a step took")
     parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")

@@ -194,7 +194,10 @@ def naive_decode(bench: Bench, step: Decode, dtype: torch.dtype) -> Attention:
 def check_decode(bench: Bench, contexts: list[int], num_seqs: int) -> None:
     step = decode_step(bench, contexts, num_seqs)
     before = [x.clone() for x in (step.attention.cache.keys_NKEP, step.attention.cache.values_NKPE)]
-    bench.run(lambda: step.emit(bench))
+    partial_TD = step.x.partial_TD.clone()
+    program = bench.ops.record(lambda: step.emit(bench))
+    step.x.partial_TD.copy_(partial_TD)  # preparing may have written to it
+    program.run()
     right, same = (naive_decode(bench, step, kind) for kind in (torch.float64, bench.dtype))
     real = slice(len(contexts))
     right_TQ = naive_attention(bench, right, torch.float64)

@@ -11,6 +11,7 @@ __device__ __forceinline__ u32 kv_piece(int token, int piece) {       // piece: 
   return piece / 8 * (TOKENS * 128) + token * 128 + ((piece % 8) ^ (token & 7)) * 16;
 }
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
+constexpr int TEAMS = GROUP == 1 && ROWS > 1 ? 4 : 2;     // of warps, at most: where heads are many, so are tasks
 constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
 static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
 
@@ -62,7 +63,8 @@ struct Team {
   int width, group, index, first_id, stride, lens;
   __device__ __forceinline__ void form(const Args& p, int warp, int lane) {
     lens = lane < p.num_rows ? __ldg(p.seq_lens + lane) : 0;
-    width = Task::count(p.num_rows, lens) > gridDim.x ? NW / 2 : NW;
+    const int num_tasks = Task::count(p.num_rows, lens);
+    width = num_tasks > 2 * gridDim.x ? NW / TEAMS : num_tasks > gridDim.x ? NW / 2 : NW;
     group = warp / width;
     index = warp % width;
     first_id = blockIdx.x + group * gridDim.x;
@@ -83,6 +85,7 @@ struct CachedTokens {
     team.form(p, warp, lane);
     task.id = team.first_id;
     find(p, lane);
+    prefetch(p, lane);
   }
   __device__ __forceinline__ void find(const Args& p, int lane) {
     for (;; task.id += team.stride) {
@@ -266,10 +269,11 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     const int len = __shfl_sync(~0u, team.lens, task.seq);
     const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
     const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
+    const int parties = min(PARTIES, (task.end - task.start + TOKENS - 1) / TOKENS);     // that have a stretch
     Fresh fresh;
-    fresh.poll(p, task, has_new, tag, lane);
+    if (task.party < parties) fresh.poll(p, task, has_new, tag, lane);
     team.sync();            // `merge` is free
-    for (; task.party < PARTIES; task.begin(task.party + team.width)) {
+    for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;
       for (; task.at < task.end; task.at += PARTIES * TOKENS)
         mine.take(fresh, ring, task.at, task.end, len, has_new, lane, refill);
@@ -291,9 +295,11 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
       float m = -INFINITY_F, sum = 0;
       float2 v = make_float2(0, 0);
 #pragma unroll
-      for (int j = 0; j < PARTIES; ++j) m = fmaxf(m, merge[(j * GROUP + h) * PART + HEAD_DIM]);
+      for (int j = 0; j < PARTIES; ++j)
+        if (j < parties) m = fmaxf(m, merge[(j * GROUP + h) * PART + HEAD_DIM]);
 #pragma unroll
       for (int j = 0; j < PARTIES; ++j) {
+        if (j >= parties) continue;
         const float* from = merge + (j * GROUP + h) * PART;
         const float f = exp2f(from[HEAD_DIM] - m);
         const float2 o = *reinterpret_cast<const float2*>(from + d);

@@ -31,7 +31,7 @@ template <int MODE, int K>
 struct Shared {
   static constexpr int STAGES = num_stages(MODE), RINGS = NW * STAGES * STAGE;
   static constexpr int INPUT = K * 2, PARTS = NBUF * NW * TILE * 4;
-  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
+  static constexpr int MERGE = MODE == QKV ? TEAMS * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;
   static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
   static constexpr int TOTAL = RINGS + WORK + (NW * STAGES + NBUF) * 8 + (NW + 8) * 4;
 };
@@ -111,9 +111,15 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   Weights<MODE, K> weights;
   weights.start(first, last, warp, 0);
   CachedTokens cached;
+  int room = STAGES;        // of the ring
+  auto fill = [&]() {
+    for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
+    if (MODE == QKV)
+      for (; room && cached.more; --room) cached.request(p, ring, lane, policy);
+  };
   auto refill = [&]() {
-    if (weights.left) weights.request(map, ring, lane, policy);
-    else if (MODE == QKV && cached.more) cached.request(p, ring, lane, policy);
+    ++room;
+    fill();
   };
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
@@ -121,13 +127,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   mbar_init_fence();
   launch_dependents();
   __syncthreads();
-  int num_requested = 0;
-  for (; num_requested < STAGES && weights.left; ++num_requested) weights.request(map, ring, lane, policy);
-  if (MODE == QKV) {
-    cached.start(p, warp, lane);
-    cached.prefetch(p, lane);
-    for (; num_requested < STAGES && cached.more; ++num_requested) cached.request(p, ring, lane, policy);
-  }
+  fill();
   load_row<NORM, MODE == HEAD, K>(p, input, words);
   __syncthreads();
 
@@ -156,6 +156,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
       refill();
       ring.next_out();
     }
+    if (MODE == QKV && i == 0) cached.start(p, warp, lane);     // while there is enough in the ring
     float* part = parts + i % NBUF * NW * TILE + 2 * g;
     if (t == 0) *reinterpret_cast<float2*>(part + warp * TILE) = make_float2(c0[0] + c1[0], c0[2] + c1[2]);
     __syncwarp();
@@ -175,6 +176,8 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     }
   }
   if (MODE == QKV) {
+    if (first == last) cached.start(p, warp, lane);
+    fill();
     __syncthreads();        // what the input and the parts lay in is free
     const Team& team = cached.team;
     float* merge = reinterpret_cast<float*>(input) + team.group * (PARTIES * GROUP * (HEAD_DIM + 2));

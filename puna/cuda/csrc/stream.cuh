@@ -25,7 +25,7 @@ struct Args {
   int num_rows;
   const int* rows;          // HEAD of one row: [1] row of h
   // Of more rows than one. A norm's factor is not in its input: round(h gamma SCALE), with the sums of h's squares in `sums`,
-  // [gridDim.x, ROWS]; or it is, and `is_finished`.
+  // [ROWS, gridDim.x]; or it is, and `is_finished`.
   const float* sums;
   int is_finished;
   u16* next;                // OUT, DOWN: the next product's input [ROWS, HIDDEN], and the sums that go with it
