@@ -2,12 +2,12 @@
 
     python -m benchmarks.cuda_step [--model llama-2-7b] [--dtype float16] [--context 128 ...]
                                    [--decode 1 8 16 32 64] [--prefill 128 2048]
-                                   [--plain] [--unfused] [--untried] [--profile]
+                                   [--plain] [--unfused] [--compare] [--profile]
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
 times graphs of one operation over all layers. `--plain` launches kernels one after the other,
-`--unfused` does without the target's own kernels for a few tokens. `--untried` times every step
-also with what `Choices` has switched off, in turn, and says how far their logits are apart.
+`--unfused` does without the target's own kernels for a few tokens. `--compare` times every step
+also without the target's own products for more, in turn, and says how far the logits are apart.
 `--profile` says what each kernel of a step took, by torch's profiler.
 Needs a GPU and Triton.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without overlapping kernels")
     parser.add_argument("--unfused", action="store_true", help="portable kernels only")
     parser.add_argument(
-        "--untried", action="store_true", help="also with what is switched off, one after the other"
+        "--compare", action="store_true", help="also without products of the target's own"
     )
     parser.add_argument("--profile", action="store_true", help="what each kernel of a step took")
     parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")
@@ -72,12 +72,12 @@ def main() -> None:
         for batch in args.decode
     }
     steps |= {f"prefill {num_tokens}": bench.prefill(num_tokens) for num_tokens in args.prefill}
-    untried = replace(choices, stream_k=True, swiglu_tokens=512)
-    others = bench.with_choices(untried) if args.untried else None
+    without = replace(choices, stream_k=False, swiglu_tokens=None)
+    others = bench.with_choices(without) if args.compare else None
     for what, batch in steps.items():
         logits_LV = bench.report(what, batch, bench.ops)
         if others:
-            found_LV = bench.report(f"{what}, untried", batch, others)
+            found_LV = bench.report(f"{what}, without", batch, others)
             error = (found_LV - logits_LV).norm() / logits_LV.norm()
             print(f"{'':28} logits {float(error):.1e} apart")
 

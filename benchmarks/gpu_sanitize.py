@@ -1,12 +1,11 @@
 """Memory errors and races in the GPU's kernels, as compute-sanitizer sees them.
 
     python -m benchmarks.gpu_sanitize [--sanitizer compute-sanitizer] [--tools memcheck racecheck]
-                                      [--untried] [--out FILE]
+                                      [--out FILE]
 
 Builds an engine of two layers, wide enough for every kernel of its target, and generates from it
 below each tool: prompts of few and many tokens, batches of 1 to 40, contexts of several parts.
-`--untried`: with what `puna.cuda.choices` has switched off, too. Prints the tools' reports; with
---out they are kept, with machine, versions and commit. Needs a GPU.
+Prints the tools' reports; with --out they are kept, with machine, versions and commit. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from typing import Any
 from benchmarks.record import about
 
 SHAPE = "hidden=2048,layers=2,heads=32,kv_heads=8,head_dim=64,ffn=2816,vocab=4096"
-LIMITS = {"max_seq_len": 2048, "max_batch_size": 64, "max_num_tokens": 1024}
+LIMITS = {"max_seq_len": 4096, "max_batch_size": 64, "max_num_tokens": 2048}
 # Sequences side by side, and tokens of each prompt.
-BATCHES = ((1, 5), (1, 100), (1, 700), (1, 1500), (5, 40), (13, 9), (40, 30))
+BATCHES = ((1, 5), (1, 100), (1, 700), (1, 2300), (5, 40), (13, 9), (40, 30))
 REPORT_CHARS = 4000
 
 
@@ -33,12 +32,11 @@ def main() -> int:
     parser.add_argument("--sanitizer", default="compute-sanitizer", metavar="PROGRAM")
     tools = ("memcheck", "racecheck")
     parser.add_argument("--tools", nargs="+", default=tools, choices=(*tools, "synccheck"))
-    parser.add_argument("--untried", action="store_true", help="also what is switched off")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the reports as JSON")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # of the process below one
     args = parser.parse_args()
     if args.engine:
-        generate(args.engine, args.untried)
+        generate(args.engine)
         return 0
     import torch
 
@@ -52,7 +50,6 @@ def main() -> int:
         config = BuildConfig(dtype="float16", target=target, **LIMITS)
         engine = build(DummyCheckpoint(parse_preset(SHAPE)), Path(folder) / "engine", config).path
         below = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--engine", str(engine)]
-        below += ["--untried"] if args.untried else []
         for tool in args.tools:
             command = [args.sanitizer, "--tool", tool, "--error-exitcode", "9", *below]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -64,13 +61,9 @@ def main() -> int:
     return int(any(it["status"] for it in found["tools"].values()))
 
 
-def generate(engine: Path, untried: bool) -> None:
+def generate(engine: Path) -> None:
     from puna import LLM, SamplingParams
-    from puna.cuda.choices import Choices
-    from puna.runtime import cuda_runner
 
-    if untried:
-        cuda_runner.Choices = lambda: Choices(stream_k=True, swiglu_tokens=256)  # pyright: ignore
     with LLM(engine, prefix_cache=False) as llm:
         for temperature in (0.0, 0.8):
             params = SamplingParams(3, temperature=temperature, ignore_eos=True)

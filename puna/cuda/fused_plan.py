@@ -19,10 +19,11 @@ KERNELS = ("qkv", "out", "gate_up", "down", "head")
 MAX_SPLITS = 16  # parts of a context in attention
 # Of keys or values, the innermost dimension first: half a stage or all of one.
 CACHE_BOX = (64, 32, 1)
+TILE = 16  # rows of a matrix that a CTA takes at a time
 CLUSTER = 2  # CTAs that share a tile where there are several tokens
 # Mirrors of constants in the sources.
-_WARPS, _CHUNK, _TILE = 8, 256, 16
-_STAGE_BYTES = _TILE * _CHUNK * 2
+_WARPS, _CHUNK = 8, 256
+_STAGE_BYTES = TILE * _CHUNK * 2
 _MAX_SHARED = 227 * 1024
 # Most 16-byte pieces of the input that a lane keeps in registers, and how many it should.
 _MOST_PIECES, _USUAL_PIECES = 48, 32
@@ -119,7 +120,7 @@ def _other_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
         in_shared = _units(s, kernel) - register_units(s, kernel, rows)
         return _few_bytes(s, kernel, rows, in_shared)
     buffers = 2 * _WARPS
-    parts = buffers * _WARPS * _TILE * 4
+    parts = buffers * _WARPS * TILE * 4
     work = max(s.num_cols(kernel) * 2 + parts, _merge_bytes(s, kernel, rows))
     return work + buffers * 8 + (_WARPS + 8) * 4
 
@@ -145,10 +146,10 @@ def weight_box(
     num_cols = s.num_cols(kernel)
     if kernel == "qkv":
         half = s.head_dim // 2
-        return (num_cols, half, num_rows // half), (_CHUNK, _TILE // 2, 2)
+        return (num_cols, half, num_rows // half), (_CHUNK, TILE // 2, 2)
     if kernel == "gate_up":
-        return (num_cols, s.ffn, 2), (_CHUNK, _TILE // 2, 2)
-    return (num_cols, num_rows, 1), (_CHUNK, _TILE, 1)
+        return (num_cols, s.ffn, 2), (_CHUNK, TILE // 2, 2)
+    return (num_cols, num_rows, 1), (_CHUNK, TILE, 1)
 
 
 def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:

@@ -1,4 +1,4 @@
-"""StreamK: products of sm_90 for 17 to 128 tokens (csrc/stream_k_sm90.cu), in parts.
+"""StreamK: products of sm_90 for 17 to 64 tokens (csrc/stream_k_sm90.cu), in parts.
 
 Decides which of the compiled variants runs, and with what. Who reads a product adds its parts:
 `cut` tells how many there are (`puna.cuda.stream_k_plan`).

@@ -1,4 +1,4 @@
-"""Products of sm_90 for 17 to 128 tokens (csrc/stream_k_sm90.cu): which engines have them, how a
+"""Products of sm_90 for 17 to 64 tokens (csrc/stream_k_sm90.cu): which engines have them, how a
 product is cut, and what the kernel is compiled with.
 
 Pure, from `EngineConfig`. A product y = x W^T is cut into blocks of 256 rows of W and each of those
@@ -14,7 +14,7 @@ from puna.engine import EngineConfig
 from puna.weights import extent
 
 # Kernels are compiled for up to so many tokens.
-TOKENS = (32, 64, 128)
+TOKENS = (32, 64)
 PART_TOKENS = TOKENS[-1]  # rows of a part, however many tokens there are
 BLOCK_ROWS, CHUNK_COLS = 256, 64
 NUM_WARPS = 9

@@ -102,7 +102,7 @@ class Executor:
         eos = () if params.ignore_eos else self.defaults.eos_token_ids
         request = Request(
             id=next(self._request_ids),
-            prompt_token_ids=tuple(map(_token_id, prompt_token_ids)),
+            prompt_token_ids=_token_ids(prompt_token_ids),
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             stop_token_ids=frozenset((*eos, *params.stop_token_ids)),
@@ -197,6 +197,12 @@ class Executor:
     def _check(self) -> None:
         """Assert that no block is lost."""
         self.pool.check(table for lane in self.lanes for table in lane.tables())
+
+
+def _token_ids(values: ListLike[int]) -> tuple[int, ...]:
+    values = tuple(values)
+    # A look at each takes 1 us: 2 ms before the first token of a prompt of 2,048.
+    return values if set(map(type, values)) == {int} else tuple(map(_token_id, values))
 
 
 def _token_id(value: object) -> int:

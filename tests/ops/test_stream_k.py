@@ -25,7 +25,7 @@ SPEC = ModelSpec(1024, 1408, 2, 16, 4, 64, 1001, 512, attention_bias=True, mlp_b
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[EngineConfig, Any]]:
     found = {}
     for dtype in ("float16", "bfloat16"):
-        config = cuda_config(SPEC, dtype, max_batch_size=128)
+        config = cuda_config(SPEC, dtype, max_batch_size=64)
         sources = [it for it in cuda_sources(config) if it.name.startswith("stream_k")]
         found[dtype] = config, EmulatedLibrary(sources, tmp_path_factory.mktemp(dtype))
     return found
@@ -45,8 +45,8 @@ def products(config: EngineConfig, library: Any, num_ctas: int) -> StreamK:
         ("bfloat16", "o", 32, 7),
         ("float16", "down", 33, 6),
         ("bfloat16", "gate_up", 64, 5),
-        ("float16", "down", 128, 3),
-        ("bfloat16", "qkv", 100, 10),
+        ("float16", "down", 64, 3),
+        ("bfloat16", "qkv", 50, 10),
     ],
 )
 def test_parts(

@@ -112,14 +112,10 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   weights.start(first, last, warp, 0);
   CachedTokens cached;
   int room = STAGES;        // of the ring
-  auto fill = [&]() {
-    for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
-    if (MODE == QKV)
-      for (; room && cached.more; --room) cached.request(p, ring, lane, policy);
-  };
-  auto refill = [&]() {
-    ++room;
-    fill();
+  auto refill = [&]() {     // as a stage has been read
+    if (weights.left) weights.request(map, ring, lane, policy);
+    else if (MODE == QKV && cached.more) cached.request(p, ring, lane, policy);
+    else ++room;
   };
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
@@ -127,7 +123,8 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   mbar_init_fence();
   launch_dependents();
   __syncthreads();
-  fill();
+  for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
+  if (MODE == QKV) cached.start(p, warp, lane);     // for one token it takes less time than the kernels in front
   load_row<NORM, MODE == HEAD, K>(p, input, words);
   __syncthreads();
 
@@ -156,7 +153,6 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
       refill();
       ring.next_out();
     }
-    if (MODE == QKV && i == 0) cached.start(p, warp, lane);     // while there is enough in the ring
     float* part = parts + i % NBUF * NW * TILE + 2 * g;
     if (t == 0) *reinterpret_cast<float2*>(part + warp * TILE) = make_float2(c0[0] + c1[0], c0[2] + c1[2]);
     __syncwarp();
@@ -176,8 +172,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     }
   }
   if (MODE == QKV) {
-    if (first == last) cached.start(p, warp, lane);
-    fill();
+    for (; room && cached.more; --room) cached.request(p, ring, lane, policy);
     __syncthreads();        // what the input and the parts lay in is free
     const Team& team = cached.team;
     float* merge = reinterpret_cast<float*>(input) + team.group * (PARTIES * GROUP * (HEAD_DIM + 2));

@@ -242,14 +242,10 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   weights.start(first, last, warp, rank);
   CachedTokens cached;
   int room = STAGES;        // of the ring
-  auto fill = [&]() {
-    for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
-    if (MODE == QKV)
-      for (; room && cached.more; --room) cached.request(p, ring, lane, policy);
-  };
-  auto refill = [&]() {
-    ++room;
-    fill();
+  auto refill = [&]() {     // as a stage has been read
+    if (weights.left) weights.request(map, ring, lane, policy);
+    else if (MODE == QKV && cached.more) cached.request(p, ring, lane, policy);
+    else ++room;
   };
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
@@ -266,7 +262,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   launch_dependents();
   __syncthreads();
   cluster_arrive();
-  fill();
+  for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
   grid_wait();
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
   Scales<K> norm;
@@ -367,8 +363,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   }
   if (awaited >= 0) complete();
   if (MODE == QKV) {
-    if (first == last) cached.start(p, warp, lane);
-    fill();
+    for (; room && cached.more; --room) cached.request(p, ring, lane, policy);
     __syncthreads();        // what the input and the parts lay in is free
     const Team& team = cached.team;
     float* merge = reinterpret_cast<float*>(input) + team.group * (PARTIES * GROUP * (HEAD_DIM + 2));

@@ -1,4 +1,4 @@
-// y = x W^T for up to TOKENS (32, 64, 128) tokens on Hopper (sm_90a), at the speed at which W can be read: "stream-K" (Osama et
+// y = x W^T for up to TOKENS (32, 64) tokens on Hopper (sm_90a), at the speed at which W can be read: "stream-K" (Osama et
 // al., 2023, arXiv 2301.03598). The product is cut into blocks of 256 rows of W, a block into chunks of 64 columns, and all chunks,
 // block by block, into equal runs, one for each CTA. So a block is the sum of one or several CTAs' parts: each is stored, and whoever
 // reads the product adds them (puna.cuda.stream_k_plan says how many there are). No CTA waits for another.
@@ -9,7 +9,7 @@
 // Defined by who compiles it: TOKENS, BF16, SHARED (bytes of dynamic shared memory).
 #include "wgmma.cuh"
 
-constexpr int BLOCK_ROWS = 256, COLUMNS = 64, PART_TOKENS = 128;
+constexpr int BLOCK_ROWS = 256, COLUMNS = 64, PART_TOKENS = 64;
 constexpr int TILE_BYTES = 64 * COLUMNS * 2;        // of 64 rows
 constexpr int WEIGHT_BYTES = BLOCK_ROWS * COLUMNS * 2, INPUT_BYTES = TOKENS * COLUMNS * 2, STAGE = WEIGHT_BYTES + INPUT_BYTES;
 constexpr int STAGES = SHARED / (STAGE + 16);
