@@ -260,7 +260,10 @@ def _gemms(
 def _prefill(s: _Shapes, dtype: str, target: str) -> TritonKernel:
     e_pow = max(power_of_two(s.e), 16)
     j_pow = power_of_two(s.h // s.k)
-    rows = max(128 if e_pow <= 128 and _has_room(target) else 64, j_pow)
+    # 64 rows, two programs on a multiprocessor: 94 us against 97 for 2,048 tokens of the 7B, 6.4
+    # against 7.6 for 128 (H200, 2026-11-26).
+    has_large_tiles = e_pow <= 128 and _has_room(target) and target != "sm_90"
+    rows = max(128 if has_large_tiles else 64, j_pow)
     arguments = (("q_TQ", dtype), ("keys_NKPE", dtype), ("values_NKPE", dtype))
     arguments += (("block_table_SM", "*i32"), ("query_start_S1", "*i32"), ("seq_lens_S", "*i32"))
     arguments += (("out_TQ", dtype), ("num_seqs", "i32"), ("max_blocks", "i32"))

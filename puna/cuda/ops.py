@@ -215,7 +215,7 @@ class CudaOps:
         self._launches.launch(
             "prefill",
             # Enough for a few sequences; where there are more, programs take several tiles.
-            (num_tiles + min(num_seqs, 8), num_kv_heads, 1),
+            (num_kv_heads, num_tiles + min(num_seqs, 8), 1),
             (
                 q_TQ,
                 cache.keys_NKEP,

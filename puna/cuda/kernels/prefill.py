@@ -141,7 +141,7 @@ def _prefill_tile(
 ):
     """TOKENS tokens of a sequence, from its token `first_token` of the step on."""
     J: tl.constexpr = H // K
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
     start = tl.load(query_start)
     num_new = tl.load(query_start + 1) - start
     r = tl.arange(0, TOKENS * JP)
@@ -226,11 +226,11 @@ def prefill(
     SCALE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid: (G, K). A program takes TOKENS tokens of a sequence and one KV head at a time.
+    """Grid: (K, G). A program takes TOKENS tokens of a sequence and one KV head at a time.
 
     Tiles of TOKENS are numbered through over the sequences, which the host need not know: the
-    programs take them in turn, and those with most context first. SEQS is the power of two from S
-    on.
+    programs take them in turn, and those with most context first, of all heads, so that none of
+    the long ones is left for the end. SEQS is the power of two from S on.
     """
     i = tl.arange(0, SEQS)
     start_S = tl.load(query_start_S1 + i, mask=i < num_seqs, other=0)
@@ -241,7 +241,7 @@ def prefill(
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    for turn in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for turn in range(tl.program_id(1), num_tiles, tl.num_programs(1)):
         tile = num_tiles - 1 - turn
         seq = tl.sum((end_S <= tile).to(tl.int32), axis=0)
         first_tile = tl.sum(tl.where(i == seq, end_S - tiles_S, 0), axis=0)
