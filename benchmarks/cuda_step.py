@@ -72,7 +72,7 @@ def main() -> None:
         for batch in args.decode
     }
     steps |= {f"prefill {num_tokens}": bench.prefill(num_tokens) for num_tokens in args.prefill}
-    without = replace(choices, stream_k=False, swiglu_tokens=None)
+    without = replace(choices, stream_k_tokens=0, swiglu_tokens=None)
     others = bench.with_choices(without) if args.compare else None
     for what, batch in steps.items():
         logits_LV = bench.report(what, batch, bench.ops)

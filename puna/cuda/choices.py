@@ -15,15 +15,16 @@ class Choices:
     `direct_tokens`: up to so many tokens products are skinny kernels that add into the residual,
     beyond it cuBLAS. `decode_programs`: attention of a decode batch is shared out
     among about so many programs. `overlaps`: kernels may start before those in front have ended.
-    `stream_k`: products of a target's own (`puna.cuda.stream_k`) in place of the skinny ones, for as
-    many tokens as they are for. `swiglu_tokens`: from so many tokens on gate and up are one kernel
-    with SiLU, where the target has one.
+    `stream_k_tokens`: up to so many tokens products of a target's own (`puna.cuda.stream_k`) stand
+    in for the skinny ones, where it has some. `swiglu_tokens`: from so many tokens on gate and up
+    are one kernel with SiLU, where the target has one.
     """
 
     direct_tokens: int = 64
     decode_programs: int = 528
     overlaps: bool = True
-    # 7B, 32 and 64 sequences: 4.85 to 4.65 and 6.06 to 5.91 ms a step (H200, 2026-11-26).
-    stream_k: bool = True
+    # 7B, 24, 32, 48 and 64 sequences at context 192: 4.97 (at 128), 5.14, 7.77 and 6.52 ms a step
+    # without, 4.42, 4.92, 5.91 and 6.57 with; 8B, 64: 5.55 and 5.77 (H200, 2026-11-26).
+    stream_k_tokens: int = 48
     # 7B, first of 2,048 tokens: 43.25 to 42.5 ms; of 1,024: 21.1 to 21.25, worse (same machine).
     swiglu_tokens: int | None = 2048

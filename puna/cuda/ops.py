@@ -88,7 +88,7 @@ class CudaOps:
             choices,
             deterministic=deterministic,
             fused=fused,
-            stream_k=stream_k if choices.stream_k else None,
+            stream_k=stream_k if choices.stream_k_tokens else None,
             swiglu=swiglu,
         )
         # Of what is being recorded.

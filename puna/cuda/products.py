@@ -150,7 +150,8 @@ class Products:
         stream_k = self._stream_k
         if stream_k is None or self.few(x):
             return None
-        return stream_k if len(x.residual_TD) <= stream_k.most_tokens else None
+        most = min(stream_k.most_tokens, self._choices.stream_k_tokens)
+        return stream_k if len(x.residual_TD) <= most else None
 
     def _stream_k_product(
         self,

@@ -96,7 +96,9 @@ class Bench:
         )
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
-        choices = Choices(direct_tokens, overlaps=overlaps, stream_k=stream_k, swiglu_tokens=150)
+        choices = Choices(
+            direct_tokens, overlaps=overlaps, stream_k_tokens=64 * stream_k, swiglu_tokens=150
+        )
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
         self.rng = torch.Generator(self.device).manual_seed(5)
 

@@ -34,7 +34,7 @@ SPEC = ModelSpec(
 )
 # Large enough for stream-K products.
 LARGE = replace(SPEC, hidden_size=1024, intermediate_size=1024, num_heads=16, head_dim=64)
-CHOICES = Choices(direct_tokens=20, stream_k=True, swiglu_tokens=100)
+CHOICES = Choices(direct_tokens=20, stream_k_tokens=30, swiglu_tokens=100)
 
 
 class NamedKernels:
