@@ -250,17 +250,17 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
   if (tid < NBUF) {
-    mbar_init(done + tid * 8, NW);
-    mbar_init(emptied + tid * 8, 1);
+    mbar_init(done + tid * 8, NT);
+    mbar_init(emptied + tid * 8, 32);
   }
   if (lane == 0) {
     mbar_init(received, 1);
     mbar_init(taken, 1);
   }
   mbar_init_fence();
-  if (lane == 0) mbar_expect(received, SUMS);
   launch_dependents();
   __syncthreads();
+  if (lane == 0) mbar_expect(received, SUMS);
   cluster_arrive();
   for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
   grid_wait();
@@ -326,8 +326,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n)
       part[(warp * BLOCKS + n) * 32] = make_float4(c0[n][0] + c1[n][0], c0[n][1] + c1[n][1], c0[n][2] + c1[n][2], c0[n][3] + c1[n][3]);
-    __syncwarp();
-    if (lane == 0) mbar_arrive(done + buffer * 8);
+    mbar_arrive(done + buffer * 8);     // each lane for itself, as in decode_sm90.cu
     if (i / 2 % NW != warp) continue;
     const bool is_mine = i % 2 == rank;
     if (is_mine) finish.load(p, tile, g, t);
@@ -345,8 +344,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
         v[n].w += a.w;
       }
     }
-    __syncwarp();
-    if (lane == 0) mbar_arrive(emptied + buffer * 8);
+    mbar_arrive(emptied + buffer * 8);
     if (is_mine) {
       awaited = i;
 #pragma unroll
