@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,15 @@ from small_models import (
 
 from puna.cli import exit_status
 from puna.errors import PunaError
+
+
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c() -> Iterator[None]:
+    """What is started heeds Ctrl-C also where these tests run in the background of a shell, which
+    lets its children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_exit_status_and_one_line(engine: Path, tmp_path: Path) -> None:
