@@ -16,7 +16,14 @@ from typing import Any
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused import MAX_LAYERS, FusedDecode, attention_arguments
-from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
+from puna.cuda.fused_plan import (
+    CLUSTER,
+    FUSED_ROWS,
+    TILE,
+    FusedShapes,
+    fused_rows,
+    fused_shapes,
+)
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
 from puna.cuda.maps import FusedMaps
@@ -62,6 +69,9 @@ class FewDecode:
         arrays: dict[str, Tensor],
         num_ctas: int,
     ) -> None:
+        # With the first tile of qkv a CTA looks up what it will read of the cache: each has one.
+        num_tiles = (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim // TILE
+        assert num_ctas // CLUSTER <= num_tiles, num_ctas
         self._library = library
         self._arrays = arrays
         self._num_ctas = num_ctas // CLUSTER * CLUSTER

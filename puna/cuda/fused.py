@@ -13,7 +13,7 @@ from typing import Any
 
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused_plan import TILE, FusedShapes
+from puna.cuda.fused_plan import FusedShapes
 from puna.cuda.library import Library
 from puna.cuda.maps import FusedMaps
 from puna.ops import LayerCache, Norm, RopeTable, Stream
@@ -48,8 +48,6 @@ class FusedDecode:
         num_ctas: int,
     ) -> None:
         assert num_ctas <= len(arrays["fused_best"]), num_ctas
-        # The first tile of qkv is where a CTA looks up what it will read of the cache.
-        assert num_ctas <= (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim // TILE
         self._library = library
         self._arrays = arrays
         self._num_ctas = num_ctas

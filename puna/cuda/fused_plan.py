@@ -121,21 +121,20 @@ def _other_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
         return _few_bytes(s, kernel, rows, in_shared)
     buffers = 2 * _WARPS
     parts = buffers * _WARPS * TILE * 4
-    work = max(s.num_cols(kernel) * 2 + parts, _merge_bytes(s, kernel, rows))
+    work = max(s.num_cols(kernel) * 2 + parts, _merge_bytes(s, kernel))
     return work + buffers * 8 + (_WARPS + 8) * 4
 
 
 def _few_bytes(s: FusedShapes, kernel: str, rows: int, units_in_shared: int) -> int:
     sums, buffers = rows // 8 * 512, 32 // rows
-    work = max(_WARPS * sums * (units_in_shared + buffers), _merge_bytes(s, kernel, rows))
+    work = max(_WARPS * sums * (units_in_shared + buffers), _merge_bytes(s, kernel))
     barriers = (2 * buffers + 2 * _WARPS) * 8
     return work + _WARPS * sums + barriers + (_WARPS * rows * 2 + rows + 8) * 4
 
 
-def _merge_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
-    """What teams of warps add up in, of a task of attention each."""
-    teams = 4 if s.group == 1 and rows > 1 else 2
-    return teams * _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
+def _merge_bytes(s: FusedShapes, kernel: str) -> int:
+    """What two teams of warps add up in, of a task of attention each."""
+    return 2 * _WARPS * s.group * (s.head_dim + 2) * 4 if kernel == "qkv" else 0
 
 
 def weight_box(

@@ -3,9 +3,9 @@
 Beyond `Choices.direct_tokens` tokens cuBLAS computes the products: it writes `partial`, which has
 the engine's dtype, and the consumer adds it. Up to so many, and always where the engine runs
 deterministically, they are skinny ones, which add into the residual or leave parts for the consumer
-to add; `partial` is not touched. Some targets have products of their own for numbers on either side
-of that bound, which leave parts too (`StreamKProducts`), whole operations for the fewest tokens
-(`FusedOps`), and gate_up for many (`SwigluProduct`). Which it is depends on the stream's number of
+to add; `partial` is not touched. Some targets have products of their own in place of skinny ones,
+which leave parts too (`StreamKProducts`), whole operations for the fewest tokens (`FusedOps`), and
+gate_up for many (`SwigluProduct`). Which it is depends on the stream's number of
 tokens alone, so operations of one step may be recorded apart (but see `CudaOps.attention`).
 
 Shape suffixes as in `puna.cuda.ops`.

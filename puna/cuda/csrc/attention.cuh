@@ -11,7 +11,6 @@ __device__ __forceinline__ u32 kv_piece(int token, int piece) {       // piece: 
   return piece / 8 * (TOKENS * 128) + token * 128 + ((piece % 8) ^ (token & 7)) * 16;
 }
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
-constexpr int TEAMS = GROUP == 1 && ROWS > 1 ? 4 : 2;     // of warps, at most: where heads are many, so are tasks
 constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
 static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
 
@@ -63,8 +62,7 @@ struct Team {
   int width, group, index, first_id, stride, lens;
   __device__ __forceinline__ void form(const Args& p, int warp, int lane) {
     lens = lane < p.num_rows ? __ldg(p.seq_lens + lane) : 0;
-    const int num_tasks = Task::count(p.num_rows, lens);
-    width = num_tasks > 2 * gridDim.x ? NW / TEAMS : num_tasks > gridDim.x ? NW / 2 : NW;
+    width = Task::count(p.num_rows, lens) > gridDim.x ? NW / 2 : NW;
     group = warp / width;
     index = warp % width;
     first_id = blockIdx.x + group * gridDim.x;

@@ -31,7 +31,7 @@ template <int MODE, int K>
 struct Shared {
   static constexpr int STAGES = num_stages(MODE), RINGS = NW * STAGES * STAGE;
   static constexpr int INPUT = K * 2, PARTS = NBUF * NW * TILE * 4;
-  static constexpr int MERGE = MODE == QKV ? TEAMS * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;
+  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
   static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
   static constexpr int TOTAL = RINGS + WORK + (NW * STAGES + NBUF) * 8 + (NW + 8) * 4;
 };

@@ -34,7 +34,7 @@ struct Shared {
   static constexpr int STAGES = num_stages(MODE), RINGS = NW * STAGES * STAGE;
   static constexpr int UNITS = Slice<K>::MOST * CHUNK / UNIT, IN_REGISTERS = units_in_registers(MODE);
   static constexpr int INPUT = NW * (UNITS - IN_REGISTERS) * SUMS, PARTS = NBUF * NW * SUMS;
-  static constexpr int MERGE = MODE == QKV ? TEAMS * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;
+  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
   static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
   static constexpr int BARRIERS = NW * STAGES + 2 * NBUF + 2 * NW;
   static constexpr int TOTAL = RINGS + WORK + NW * SUMS + BARRIERS * 8 + (NW * ROWS * 2 + ROWS + 8) * 4;
@@ -75,7 +75,7 @@ struct Fragments {
 };
 
 // The norm's factor of each token, from the sums of squares of all CTAs, in a fixed order. Loads are all under way before any is
-// needed: one after the other they took 4 us of a kernel for 8 tokens, 8 us for 16 (H200, 2026-11-26).
+// needed: input and factors were there 4.5 us after the wait, and 6.1 with one load after the other (8 tokens, H200, 2026-11-26).
 template <int K>
 struct Scales {
   static constexpr int EACH = (MAX_CTAS + 31) / 32;
