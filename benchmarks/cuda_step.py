@@ -72,7 +72,7 @@ def main() -> None:
         for batch in args.decode
     }
     steps |= {f"prefill {num_tokens}": bench.prefill(num_tokens) for num_tokens in args.prefill}
-    without = replace(choices, stream_k_tokens=0, swiglu_tokens=None)
+    without = replace(choices, stream_k_tokens=0, swiglu_tokens=None, attend_seqs=0)
     others = bench.with_choices(without) if args.compare else None
     for what, batch in steps.items():
         logits_LV = bench.report(what, batch, bench.ops)
@@ -94,6 +94,7 @@ class Steps:
         is_fused: bool,
         is_profiled: bool,
     ) -> None:
+        from puna.cuda.attend import attend
         from puna.cuda.driver import Driver
         from puna.cuda.few import fused_ops
         from puna.cuda.graphs import GraphRecorder
@@ -119,6 +120,7 @@ class Steps:
         self._fused = fused_ops(*given) if is_fused else ()
         self._stream_k = stream_k(*given) if is_fused else None
         self._swiglu = swiglu(config, kernels, driver, num_ctas) if is_fused else None
+        self._attend = attend(*given) if is_fused else None
         self.ops = self.with_choices(choices)
         self.model = self._model()
 
@@ -132,6 +134,7 @@ class Steps:
             fused=self._fused,
             stream_k=self._stream_k,
             swiglu=self._swiglu,
+            attend=self._attend,
         )
 
     def _model(self) -> Llama:

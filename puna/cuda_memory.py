@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from puna.cuda.attend_plan import attend_pieces, has_attend
 from puna.cuda.fused_plan import MAX_SPLITS, fused_rows, fused_shapes
 from puna.cuda.gemm_shapes import num_splits
 from puna.cuda.stream_k_plan import part_numbers
@@ -81,6 +82,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "argmax_index_LC": (INT32, (num_seqs, num_chunks)),
         "last_tokens_R": (INT32, (num_seqs,)),
         **_fused_specs(config),
+        **_attend_specs(config),
         **({"stream_k_parts": (FLOAT32, (parts,))} if (parts := part_numbers(config)) else {}),
     }
 
@@ -92,14 +94,24 @@ def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
         return {}
     s = fused_shapes(config)
     all_heads = s.num_heads + 2 * s.num_kv_heads
-    split = (rows, s.num_kv_heads, MAX_SPLITS, s.group, s.head_dim + 2)
+    split = (s.num_kv_heads, MAX_SPLITS, s.group, s.head_dim + 2)
     return {
         "fused_part": (FLOAT32, split),
         "fused_next": (DTYPES[config.dtype], (rows, s.hidden)),
         "fused_sums": (FLOAT32, (MAX_MULTIPROCESSORS, rows)),
-        "fused_fresh": (INT32, (rows, all_heads, s.head_dim // 2, 2)),
-        "fused_split_count": (INT32, (rows, s.num_kv_heads)),
+        "fused_fresh": (INT32, (all_heads, s.head_dim // 2, 2)),
+        "fused_split_count": (INT32, (s.num_kv_heads,)),
         "fused_best": (FLOAT32, (MAX_MULTIPROCESSORS, rows, 2)),
         "fused_epoch": (INT32, (4,)),
         "fused_error": (INT32, (4,)),
+    }
+
+
+def _attend_specs(config: EngineConfig) -> dict[str, ArraySpec]:
+    """Scratch of decode attention as a kernel of the target's own; it begins as zeros."""
+    if not has_attend(config):
+        return {}
+    return {
+        "attend_pieces": (FLOAT32, attend_pieces(config, MAX_MULTIPROCESSORS)),
+        "attend_counts": (INT32, (MAX_MULTIPROCESSORS,)),
     }

@@ -17,7 +17,8 @@ class Choices:
     among about so many programs. `overlaps`: kernels may start before those in front have ended.
     `stream_k_tokens`: up to so many tokens products of a target's own (`puna.cuda.stream_k`) stand
     in for the skinny ones, where it has some. `swiglu_tokens`: from so many tokens on gate and up
-    are one kernel with SiLU, where the target has one.
+    are one kernel with SiLU, where the target has one. `attend_seqs`: up to so many sequences a
+    decode batch attends by a kernel of the target's own, where it has one.
     """
 
     direct_tokens: int = 64
@@ -28,3 +29,4 @@ class Choices:
     stream_k_tokens: int = 48
     # 7B, first of 2,048 tokens: 43.25 to 42.5 ms; of 1,024: 21.1 to 21.25, worse (same machine).
     swiglu_tokens: int | None = 2048
+    attend_seqs: int = 64

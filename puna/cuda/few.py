@@ -14,16 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.batch import ForwardBatch
+from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused import MAX_LAYERS, FusedDecode, attention_arguments
-from puna.cuda.fused_plan import (
-    CLUSTER,
-    FUSED_ROWS,
-    TILE,
-    FusedShapes,
-    fused_rows,
-    fused_shapes,
-)
+from puna.cuda.fused import FusedDecode
+from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
 from puna.cuda.maps import FusedMaps
@@ -33,16 +27,6 @@ from puna.ops import LayerCache, Norm, RopeTable, Stream
 Tensor = Any
 
 _NONE = 0  # an address
-
-
-@dataclass(frozen=True, slots=True)
-class _Projection:
-    """What `qkv` was given, until `attention`, which is a part of the same kernel."""
-
-    is_finished: int  # its input has the norm's factor
-    weight_XK: Tensor
-    bias_N: Tensor | None
-    rope: RopeTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +52,14 @@ class FewDecode:
         driver: Driver,
         arrays: dict[str, Tensor],
         num_ctas: int,
+        attend: Attend,
     ) -> None:
-        # With the first tile of qkv a CTA looks up what it will read of the cache: each has one.
-        num_tiles = (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim // TILE
-        assert num_ctas // CLUSTER <= num_tiles, num_ctas
+        self._attend = attend
         self._library = library
         self._arrays = arrays
         self._num_ctas = num_ctas // CLUSTER * CLUSTER
         self._maps = FusedMaps(shapes, driver)
-        self._projection: _Projection | None = None
         self._held: _AddToStream | None = None
-        self._num_layers = 0  # recorded so far; neighbours in a step have different numbers
 
     def qkv(
         self,
@@ -91,9 +72,24 @@ class FewDecode:
         cache: LayerCache,
         q_TQ: Tensor,
     ) -> None:
-        assert self._projection is None, "attention follows its projection"
         is_finished = self._normalise(x, norm)
-        self._projection = _Projection(is_finished, weight_XK, bias_N, rope)
+        self._launch(
+            "qkv",
+            len(q_TQ),
+            self._maps.weight("qkv", weight_XK),
+            self._bias(bias_N),
+            self._arrays["fused_next"],
+            self._arrays["fused_sums"],
+            is_finished,
+            rope.cos_PE,
+            rope.sin_PE,
+            batch.positions_T,
+            batch.slots_T,
+            cache.keys_NKEP,
+            cache.values_NKPE,
+            q_TQ,
+            len(q_TQ),
+        )
 
     def attention(
         self,
@@ -104,23 +100,8 @@ class FewDecode:
         bias_N: Tensor | None,
         x: Stream,
     ) -> None:
-        projection, self._projection = self._projection, None
-        assert projection is not None, "attention follows its projection"
-        arrays, num_rows = self._arrays, len(x.residual_TD)
-        self._num_layers = (self._num_layers + 1) % MAX_LAYERS
-        self._launch(
-            "qkv",
-            num_rows,
-            self._maps.weight("qkv", projection.weight_XK),
-            self._bias(projection.bias_N),
-            arrays["fused_next"],
-            arrays["fused_sums"],
-            projection.is_finished,
-            *attention_arguments(arrays, self._maps, projection.rope, batch, cache),
-            num_rows,
-            self._num_layers,
-        )
-        attended_TQ = arrays["attended_TQ"][:num_rows]
+        attended_TQ = self._arrays["attended_TQ"][: len(q_TQ)]
+        self._attend.attend(q_TQ, batch, cache, attended_TQ, True)
         self._held = _AddToStream("out", attended_TQ, weight_NK, bias_N, x.residual_TD)
 
     def gate_up(
@@ -156,7 +137,6 @@ class FewDecode:
             arrays["fused_next"],
             logits_LV,
             arrays["fused_best"],
-            arrays["fused_epoch"],
             num_rows,
         )
 
@@ -222,7 +202,7 @@ def fused_ops(
         if rows == 1:
             found.append((rows, FusedDecode(*given)))
         elif rows == fused_rows(config)[-1]:
-            found.append((rows, FewDecode(*given)))
+            found.append((rows, FewDecode(*given, Attend(library, driver, arrays, num_ctas))))
     return tuple(found)
 
 

@@ -81,7 +81,8 @@ class FusedDecode:
         projection, self._projection = self._projection, None
         assert projection is not None, "attention follows its projection"
         assert len(x.residual_TD) == 1, len(x.residual_TD)
-        attended_TQ = self._arrays["attended_TQ"]
+        arrays = self._arrays
+        attended_TQ = arrays["attended_TQ"]
         self._num_layers = (self._num_layers + 1) % MAX_LAYERS
         self._launch(
             "qkv",
@@ -89,7 +90,19 @@ class FusedDecode:
             self._bias(projection.bias_N),
             x.residual_TD,
             projection.norm.weight_D,
-            *attention_arguments(self._arrays, self._maps, projection.rope, batch, cache),
+            projection.rope.cos_PE,
+            projection.rope.sin_PE,
+            batch.positions_T,
+            batch.slots_T,
+            batch.seq_lens_S,
+            batch.block_table_SM,
+            cache.keys_NKEP,
+            cache.values_NKPE,
+            self._maps.cache(cache.keys_NKEP),
+            self._maps.cache(cache.values_NKPE),
+            attended_TQ,
+            *(arrays[f"fused_{it}"] for it in ("part", "fresh", "epoch", "split_count", "error")),
+            batch.block_table_SM.shape[1],
             self._num_layers,
         )
         weight, bias = self._maps.weight("out", weight_NK), self._bias(bias_N)
@@ -134,28 +147,3 @@ class FusedDecode:
     def _bias(self, bias_N: Tensor | None) -> Tensor:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if bias_N is None else bias_N
-
-
-def attention_arguments(
-    arrays: dict[str, Tensor],
-    maps: FusedMaps,
-    rope: RopeTable,
-    batch: ForwardBatch,
-    cache: LayerCache,
-) -> tuple[Tensor | TensorMap | int, ...]:
-    """What the kernel of qkv and attention has behind its input, whatever the number of tokens."""
-    return (
-        rope.cos_PE,
-        rope.sin_PE,
-        batch.positions_T,
-        batch.slots_T,
-        batch.seq_lens_S,
-        batch.block_table_SM,
-        cache.keys_NKEP,
-        cache.values_NKPE,
-        maps.cache(cache.keys_NKEP),
-        maps.cache(cache.values_NKPE),
-        arrays["attended_TQ"],
-        *(arrays[f"fused_{it}"] for it in ("part", "fresh", "epoch", "split_count", "error")),
-        batch.block_table_SM.shape[1],
-    )

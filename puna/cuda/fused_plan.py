@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from puna.cuda.attend_plan import MAX_SHARED, REGISTERS_BESIDE, room_beside
 from puna.engine import EngineConfig
 from puna.weights import extent
 
@@ -17,14 +18,11 @@ from puna.weights import extent
 FUSED_ROWS = (1, 8, 16)
 KERNELS = ("qkv", "out", "gate_up", "down", "head")
 MAX_SPLITS = 16  # parts of a context in attention
-# Of keys or values, the innermost dimension first: half a stage or all of one.
-CACHE_BOX = (64, 32, 1)
 TILE = 16  # rows of a matrix that a CTA takes at a time
 CLUSTER = 2  # CTAs that share a tile where there are several tokens
 # Mirrors of constants in the sources.
 _WARPS, _CHUNK = 8, 256
 _STAGE_BYTES = TILE * _CHUNK * 2
-_MAX_SHARED = 227 * 1024
 # Most 16-byte pieces of the input that a lane keeps in registers, and how many it should.
 _MOST_PIECES, _USUAL_PIECES = 48, 32
 
@@ -86,9 +84,15 @@ def num_stages(s: FusedShapes, kernel: str, rows: int) -> int:
     """Stages of a warp's ring."""
     # Three are 1.5 % of a step faster than two, but not where few heads of keys leave attention to
     # few CTAs: there qkv of two is 1 % faster (one token; H200, 2026-11-26).
-    room = _MAX_SHARED - _other_bytes(s, kernel, rows)
+    room = _room(s, kernel, rows) - _other_bytes(s, kernel, rows)
     most = 2 if kernel == "qkv" and s.group > 1 and rows == 1 else 3
     return min(room // (_WARPS * (_STAGE_BYTES + 8)), most)
+
+
+def _room(s: FusedShapes, kernel: str, rows: int) -> int:
+    """What a kernel may have of shared memory: attention of several tokens is resident beside the
+    products in front of it and behind it."""
+    return room_beside(s.group, s.head_dim) if rows > 1 and kernel in ("qkv", "out") else MAX_SHARED
 
 
 def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
@@ -101,11 +105,19 @@ def register_units(s: FusedShapes, kernel: str, rows: int) -> int:
     """Units of 32 columns of a warp's input that it keeps in registers; of several tokens."""
     units, blocks = _units(s, kernel), rows // 8
     fewest = min(units, _USUAL_PIECES // blocks)
-    room = _MAX_SHARED - 2 * _WARPS * (_STAGE_BYTES + 8)
+    room = _room(s, kernel, rows) - 2 * _WARPS * (_STAGE_BYTES + 8)
     for found in range(fewest, min(units, _MOST_PIECES // blocks)):
         if _few_bytes(s, kernel, rows, units - found) <= room:
             return found
     return min(units, _MOST_PIECES // blocks)
+
+
+def _registers(s: FusedShapes, kernel: str, rows: int) -> int:
+    """Most registers of a thread; of several tokens. Where the input takes more there is no room
+    for attention beside the kernel, which then begins when this one ends."""
+    is_beside = kernel in ("qkv", "out")
+    pieces = register_units(s, kernel, rows) * rows // 8
+    return REGISTERS_BESIDE if is_beside and pieces <= _USUAL_PIECES // 2 else 255
 
 
 def _units(s: FusedShapes, kernel: str) -> int:
@@ -127,9 +139,9 @@ def _other_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
 
 def _few_bytes(s: FusedShapes, kernel: str, rows: int, units_in_shared: int) -> int:
     sums, buffers = rows // 8 * 512, 32 // rows
-    work = max(_WARPS * sums * (units_in_shared + buffers), _merge_bytes(s, kernel))
+    work = _WARPS * sums * (units_in_shared + buffers)
     barriers = (2 * buffers + 2 * _WARPS) * 8
-    return work + _WARPS * sums + barriers + (_WARPS * rows * 2 + rows + 8) * 4
+    return work + _WARPS * sums + barriers + (_WARPS * rows * 2 + rows) * 4
 
 
 def _merge_bytes(s: FusedShapes, kernel: str) -> int:
@@ -170,4 +182,5 @@ def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
         **{f"SHARED_{kernel}": shared_bytes(s, kernel, rows) for kernel in KERNELS},
         **{f"STAGES_{kernel}": num_stages(s, kernel, rows) for kernel in KERNELS},
         **{f"UNITS_{kernel}": register_units(s, kernel, rows) for kernel in KERNELS if rows > 1},
+        **{f"REGISTERS_{kernel}": _registers(s, kernel, rows) for kernel in KERNELS if rows > 1},
     }

@@ -158,3 +158,14 @@ class SwigluProduct(Protocol):
         act_TF: Tensor,
         overlaps: bool,
     ) -> None: ...
+
+
+class DecodeAttention(Protocol):
+    """Attention of a decode batch of up to `most_seqs` sequences as one kernel:
+    `puna.cuda.attend.Attend`. Queries are rotated, keys and values appended."""
+
+    most_seqs: int
+
+    def attend(
+        self, q_SQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_SQ: Tensor, overlaps: bool
+    ) -> None: ...

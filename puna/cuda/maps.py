@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from puna.cuda.attend_plan import CACHE_BOX
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused_plan import CACHE_BOX, FusedShapes, weight_box
+from puna.cuda.fused_plan import FusedShapes, weight_box
 
 Tensor = Any
 Box = tuple[int, int, int]
@@ -26,7 +27,16 @@ class TensorMaps:
         return self._maps[key]
 
 
-class FusedMaps(TensorMaps):
+class CacheMaps(TensorMaps):
+    """Of KV caches, as attention copies them."""
+
+    def cache(self, cache_NKPE: Tensor) -> TensorMap:
+        num_blocks, num_kv_heads, block_size, head_dim = cache_NKPE.shape
+        dims = head_dim, block_size, num_blocks * num_kv_heads
+        return self.get(cache_NKPE, dims, CACHE_BOX, is_swizzled=True)
+
+
+class FusedMaps(CacheMaps):
     """Of weights and KV caches, as the fused kernels copy them."""
 
     def __init__(self, shapes: FusedShapes, driver: Driver) -> None:
@@ -35,8 +45,3 @@ class FusedMaps(TensorMaps):
 
     def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
         return self.get(weight_NK, *weight_box(self._shapes, kernel, len(weight_NK)))
-
-    def cache(self, cache_NKPE: Tensor) -> TensorMap:
-        num_blocks, num_kv_heads, block_size, head_dim = cache_NKPE.shape
-        dims = head_dim, block_size, num_blocks * num_kv_heads
-        return self.get(cache_NKPE, dims, CACHE_BOX, is_swizzled=True)

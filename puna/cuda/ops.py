@@ -19,6 +19,7 @@ import torch
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
 from puna.cuda.interfaces import (
+    DecodeAttention,
     FusedOps,
     Kernels,
     Matrix,
@@ -54,7 +55,7 @@ class CudaOps:
     `deterministic`: a row's result depends on nothing but the row (products and attention in one
     fixed order, whatever the batch). `fused` are kernels for a few tokens, where the target has
     some: each for up to so many tokens and for more than the one before it; `stream_k` its products
-    for more, `swiglu` one of them for many.
+    for more, `swiglu` one of them for many, `attend` its attention of a decode batch.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class CudaOps:
         fused: tuple[tuple[int, FusedOps], ...] = (),
         stream_k: StreamKProducts | None = None,
         swiglu: SwigluProduct | None = None,
+        attend: DecodeAttention | None = None,
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
         # They read the residual alone: nothing may be left beside it.
@@ -81,6 +83,7 @@ class CudaOps:
         )
         self._choices = choices
         self._is_deterministic = deterministic
+        self._attend = attend
         self._products = Products(
             kernels,
             arrays,
@@ -151,7 +154,7 @@ class CudaOps:
         way, qkv_TX = self._products.project(x, normed_TD, weight_XK, qkv_TX)
         given = qkv_TX, self._bias(linear), rope.cos_PE, rope.sin_PE
         given += batch.positions_T, batch.slots_T
-        if batch.is_decode and not self._is_deterministic:
+        if self._is_portable_decode(batch):
             self._projected = _Projected(way, given, self._products.cut("qkv", x))
             return
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
@@ -164,16 +167,17 @@ class CudaOps:
     def attention(
         self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out: Linear, x: Stream
     ) -> None:
-        """Of a decode batch, unless deterministic, it takes what `qkv` left: those two are recorded
-        together."""
+        """Of a decode batch it may take what `qkv` left: those two are recorded together."""
         (matrix,) = out.weights
         if batch.is_decode and (fused := self._fused_for("attention", x)):
             weight = matrix.data_NK, out.bias_N
             self._launches.fused(partial(fused.attention, q_TQ, batch, cache, *weight, x))
             return
         attended_TQ = self._scratch("attended_TQ", x)
-        if batch.is_decode and not self._is_deterministic:
+        if self._is_portable_decode(batch):
             self._attend_decode(batch, cache, attended_TQ)
+        elif attend := self._attend_for(batch):
+            self._launches.own(partial(attend.attend, q_TQ, batch, cache, attended_TQ))
         else:
             self._attend_prefill(q_TQ, batch, cache, attended_TQ)
         self._products.into_stream("o", attended_TQ, out, x)
@@ -292,6 +296,17 @@ class CudaOps:
         for array in kv_arrays:
             pairs_C2 = torch.as_tensor(copies_C2).to(array.device, torch.int64)
             array[:, :, pairs_C2[:, 1]] = array[:, :, pairs_C2[:, 0]]
+
+    def _is_portable_decode(self, batch: ForwardBatch) -> bool:
+        """Rotation, append and attention are one kernel, the same for all targets."""
+        return batch.is_decode and not self._is_deterministic and not self._attend_for(batch)
+
+    def _attend_for(self, batch: ForwardBatch) -> DecodeAttention | None:
+        """The target's own attention, where it is to be used."""
+        if not batch.is_decode or self._is_deterministic or self._attend is None:
+            return None
+        num_seqs, most = len(batch.seq_lens_S), self._choices.attend_seqs
+        return self._attend if num_seqs <= min(most, self._attend.most_seqs) else None
 
     def _fused_for(self, operation: str, x: Stream) -> FusedOps | None:
         fused = self._products.few(x)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from puna.cuda.attend_plan import NUM_WARPS as ATTEND_WARPS
+from puna.cuda.attend_plan import attend_defines, attend_shared, has_attend
 from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
 from puna.cuda.kernel_table import Constant
 from puna.cuda.stream_k_plan import NUM_WARPS as STREAM_K_WARPS
@@ -51,6 +53,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     return (
         _BANDWIDTH,
         *(_fused_source(config, rows) for rows in fused_rows(config)),
+        *([_attend_source(config)] if has_attend(config) else []),
         *(_stream_k_source(config, it) for it in tokens),
         *([_swiglu_source(config)] if has_swiglu(config) else []),
     )
@@ -91,6 +94,26 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
 
 
+def _attend_source(config: EngineConfig) -> CudaSource:
+    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    arguments = (
+        ("q", dtype),
+        ("keys", dtype),
+        ("values", dtype),
+        ("key_map", "map"),
+        ("value_map", "map"),
+        *_integers("slots", "seq_lens", "block_table"),
+        ("attended", dtype),
+        ("pieces", "*fp32"),
+        *_integers("counts"),
+        ("table_stride", "i32"),
+        ("num_seqs", "i32"),
+    )
+    kernel = CudaKernel("attend", "attend", arguments, ATTEND_WARPS, attend_shared(config), True)
+    defines = tuple(attend_defines(config).items())
+    return CudaSource("attend", "attend_sm90.cu", defines, (kernel,))
+
+
 def _stream_k_source(config: EngineConfig, tokens: int) -> CudaSource:
     arguments = (("w", "map"), ("x", "map"), ("bias", "*fp32"), ("y", "*fp32"))
     numbers = ("num_tokens", "num_rows", "num_blocks", "num_chunks", "is_whole")
@@ -112,7 +135,6 @@ def _swiglu_source(config: EngineConfig) -> CudaSource:
 
 _WEIGHT = (("w", "map"), ("bias", "*fp32"))
 _COUNT = (("num_rows", "i32"),)
-_LAYER = (("layer", "i32"),)
 
 
 def _integers(*names: str) -> tuple[tuple[str, str], ...]:
@@ -140,7 +162,7 @@ def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     residual = (("h", "*fp32"),)
     norm, add = (*residual, ("gamma", "*fp32")), (*_WEIGHT, ("x", dtype), *residual)
     return {
-        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype), *_LAYER),
+        "qkv": (*_WEIGHT, *norm, *_attention_arguments(dtype), ("layer", "i32")),
         "out": add,
         "gate_up": (*_WEIGHT, *norm, ("y", dtype)),
         "down": add,
@@ -160,7 +182,16 @@ def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     normed = (*x, ("sums", "*fp32"), ("is_finished", "i32"))
     adds = (*x, *add, ("new_sums", "*fp32"), *_COUNT)
     return {
-        "qkv": (*normed, *_attention_arguments(dtype), *_COUNT, *_LAYER),
+        "qkv": (
+            *normed,
+            ("cos", "*fp32"),
+            ("sin", "*fp32"),
+            *_integers("positions", "slots"),
+            ("keys", dtype),
+            ("values", dtype),
+            ("y", dtype),
+            *_COUNT,
+        ),
         "out": adds,
         "gate_up": (*normed, ("y", dtype), *_COUNT),
         "down": adds,
@@ -169,7 +200,6 @@ def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
             ("x", dtype),
             ("logits", "*fp32"),
             ("best", "*fp32"),
-            ("epoch", "*i32"),
             *_COUNT,
         ),
     }

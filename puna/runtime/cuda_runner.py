@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from puna.batch import ForwardBatch
+from puna.cuda.attend import attend
 from puna.cuda.choices import Choices
 from puna.cuda.draw import can_draw, draw_tokens
 from puna.cuda.driver import Driver
@@ -356,6 +357,7 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             fused=fused_ops(config, library, driver, arrays, num_ctas),
             stream_k=stream_k(config, library, driver, arrays, num_ctas),
             swiglu=swiglu(config, library, driver, num_ctas),
+            attend=attend(config, library, driver, arrays, num_ctas),
         )
 
     try:

@@ -25,6 +25,7 @@ using u64 = unsigned long long;
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __cluster_dims__(...)
 #define INFINITY_F INFINITY
 

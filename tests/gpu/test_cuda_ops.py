@@ -31,6 +31,7 @@ from lazy_kernels import LazyKernels, current_stream, local_target
 
 from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
+from puna.cuda.attend import attend
 from puna.cuda.choices import Choices
 from puna.cuda.compile import compile_kernels
 from puna.cuda.driver import Driver
@@ -67,6 +68,7 @@ def make_ops(
         deterministic=deterministic,
         stream_k=stream_k(kernels.config, kernels, Driver(), arrays, num_ctas),
         swiglu=swiglu(kernels.config, kernels, Driver(), num_ctas),
+        attend=attend(kernels.config, kernels, Driver(), arrays, num_ctas),
     )
 
 

@@ -20,6 +20,7 @@ from cuda_bench import TestDevice
 from emulator import COMPILER, EmulatedDriver, EmulatedLibrary
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from puna.cuda.attend import attend
 from puna.cuda.choices import Choices
 from puna.cuda.kernel_table import triton_kernels
 from puna.cuda.ops import CudaOps
@@ -132,6 +133,7 @@ def make_ops(
         # The CPU emulates a few CTAs.
         stream_k=stream_k(config, kernels, driver, arrays, 7) if COMPILER else None,
         swiglu=swiglu(config, kernels, driver, 4) if COMPILER else None,
+        attend=attend(config, kernels, driver, arrays, 3) if COMPILER else None,
     )
 
 

@@ -44,7 +44,9 @@ class Fused:
         self.config: EngineConfig = cuda_config(
             self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=16
         )
-        sources = [it for it in cuda_sources(self.config) if it.name.startswith("decode")]
+        sources = [
+            it for it in cuda_sources(self.config) if it.name.startswith(("decode", "attend"))
+        ]
         self.library = EmulatedLibrary(sources, folder)
         self.dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
 

@@ -13,10 +13,10 @@ from cuda_configs import cuda_config
 
 from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
+from puna.cuda.attend_plan import CACHE_BOX
 from puna.cuda.driver import TensorMap
 from puna.cuda.few import fused_ops
 from puna.cuda.fused_plan import (
-    CACHE_BOX,
     fused_rows,
     fused_shapes,
     num_stages,
@@ -150,13 +150,16 @@ def test_launches_fit_the_kernels(num_tokens: int, variant: int, dtype: Any) -> 
     table = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
     names = [name for name, *_ in launches.launched]
     *layer, head = KERNELS
-    kernels = [*layer, head] if num_tokens == 1 else ["enter", *layer, "enter", head]
-    assert names == [f"{name}_{variant}" for name in (*kernels, "pick")]
+    if num_tokens > 1:
+        layer, head = ["enter", "qkv", "attend", *layer[1:], "enter"], head
+    found = [f"{name}_{variant}" for name in (*layer, head, "pick")]
+    assert names == ["attend" if name.startswith("attend") else name for name in found]
     num_ctas = 133 if num_tokens == 1 else 132  # pairs of them share tiles
     sizes = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*i32": 4}
     for name, grid, arguments, overlaps in launches.launched:
         is_by_row = name.startswith(("pick", "enter"))
-        assert overlaps and grid == (num_tokens if is_by_row else num_ctas, 1, 1)
+        of_all = 133 if name == "attend" else num_ctas
+        assert overlaps and grid == (num_tokens if is_by_row else of_all, 1, 1)
         for value, (argument, kind) in zip(arguments, table[name].arguments, strict=True):
             if kind == "map":
                 assert isinstance(value, TensorMap), (name, argument)
@@ -171,12 +174,16 @@ def test_arguments_are_where_the_kernel_looks() -> None:
     config, launches = cuda_config(SMALL), Launches()
     arrays = record(config, 3, launches)
     kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
-    (arguments,) = (it[2] for it in launches.launched if it[0] == "qkv_8")
-    given = dict(zip((name for name, _ in kernels["qkv_8"].arguments), arguments, strict=True))
+    given: dict[str, Any] = {}
+    for name in ("qkv_8", "attend"):
+        (arguments,) = (it[2] for it in launches.launched if it[0] == name)
+        names = (argument for argument, _ in kernels[name].arguments)
+        given |= dict(zip(names, arguments, strict=True))
     assert given["w"].address == arrays["qkv"].data_ptr()
     assert given["block_table"] is arrays["table"] and given["table_stride"] == 9
-    assert given["fresh"] is arrays["fused_fresh"] and given["attended"] is arrays["attended_TQ"]
-    assert given["num_rows"] == 3
+    assert given["y"] is given["q"]
+    assert given["attended"].data_ptr() == arrays["attended_TQ"].data_ptr()
+    assert given["num_rows"] == given["num_seqs"] == 3
     blocks = 5 * SMALL.num_kv_heads
     address = arrays["keys"].data_ptr()
     assert (address, (SMALL.head_dim, 64, blocks), CACHE_BOX, True) in launches.maps

@@ -62,7 +62,10 @@ struct Finish {
       b += __ldg(p.bias + other);
     }
     if (MODE == QKV) {
-      rotate_and_append(p, a, b, rotation, head, row % HEAD_DIM, slot, 0, tag);
+      const int d = row % HEAD_DIM;
+      float2 v = rotated(a, b, rotation);
+      if (head >= HEADS) v = append(p, v, head, d, slot);
+      st_tagged(p.fresh + (size_t)head * (HEAD_DIM / 2) + d, pack2(v.x, v.y), tag);
     } else if (MODE == OUT || MODE == DOWN) {
       __stcg(p.h + row, residual.x + a);
       __stcg(p.h + other, residual.y + b);
@@ -101,7 +104,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   float* parts = reinterpret_cast<float*>(input + Layout::INPUT);       // [NBUF][NW][TILE / 2] pairs
   u64* bars = reinterpret_cast<u64*>(input + Layout::WORK);
   float* words = reinterpret_cast<float*>(bars + NW * STAGES + NBUF);
-  Ring<STAGES> ring{smem32(shared + warp * STAGES * STAGE), smem32(bars + warp * STAGES)};
+  Ring<STAGES, STAGE> ring{smem32(shared + warp * STAGES * STAGE), smem32(bars + warp * STAGES)};
   const u32 done = smem32(bars + NW * STAGES);
 
   // Consecutive tiles, as many as any other CTA has, or one less.

@@ -1,5 +1,7 @@
-// A decode step of a LLaMA layer for 2 to ROWS (8, 16) tokens, each of a sequence of its own, on Hopper (sm_90a): as
-// decode_sm90.cu, in four launches, with these differences.
+// The products of a LLaMA layer for 2 to ROWS (8, 16) tokens, each of a sequence of its own, on Hopper (sm_90a): as decode_sm90.cu,
+// with these differences.
+//
+// Attention is a kernel of its own (attend_sm90.cu), which is resident beside qkv and out: those leave room for it.
 //
 // Two CTAs, a cluster, share the columns of their tiles, so that what a warp needs of the input is little enough to come fast and
 // to stay in registers (what does not fit is in shared memory). Tokens are the columns of mma.m16n8k16, eight at a time. The CTAs
@@ -11,10 +13,10 @@
 // a residual that no kernel of these has written, with the factor.
 //
 // Defined by who compiles it: as for decode_sm90.cu, with ROWS (8, 16), UNITS_<kernel>: of the input, that a warp keeps in
-// registers.
-#include "attention.cuh"
+// registers, REGISTERS_<kernel>: most registers of a thread.
 #include "best.cuh"
 #include "cluster.cuh"
+#include "stream.cuh"
 
 constexpr int BLOCKS = ROWS / 8;                    // of eight tokens
 constexpr int NBUF = 32 / ROWS;                     // tiles whose parts may be under way
@@ -28,16 +30,15 @@ __device__ constexpr int units_in_registers(int mode) {
   return mode == QKV ? UNITS_qkv : mode == OUT ? UNITS_out : mode == GATE_UP ? UNITS_gate_up : mode == DOWN ? UNITS_down : UNITS_head;
 }
 
-// Shared memory of a kernel: rings, [input | parts of tiles] or [attention of the warps], sums from the other CTA, barriers, words.
+// Shared memory of a kernel: rings, input, parts of tiles, sums from the other CTA, barriers, words.
 template <int MODE, int K>
 struct Shared {
   static constexpr int STAGES = num_stages(MODE), RINGS = NW * STAGES * STAGE;
   static constexpr int UNITS = Slice<K>::MOST * CHUNK / UNIT, IN_REGISTERS = units_in_registers(MODE);
   static constexpr int INPUT = NW * (UNITS - IN_REGISTERS) * SUMS, PARTS = NBUF * NW * SUMS;
-  static constexpr int MERGE = MODE == QKV ? 2 * PARTIES * GROUP * (HEAD_DIM + 2) * 4 : 0;      // of two teams
-  static constexpr int WORK = INPUT + PARTS > MERGE ? INPUT + PARTS : MERGE;
+  static constexpr int WORK = INPUT + PARTS;
   static constexpr int BARRIERS = NW * STAGES + 2 * NBUF + 2 * NW;
-  static constexpr int TOTAL = RINGS + WORK + NW * SUMS + BARRIERS * 8 + (NW * ROWS * 2 + ROWS + 8) * 4;
+  static constexpr int TOTAL = RINGS + WORK + NW * SUMS + BARRIERS * 8 + (NW * ROWS * 2 + ROWS) * 4;
   static_assert(IN_REGISTERS <= UNITS, "no more than there is");
 };
 
@@ -140,7 +141,7 @@ struct Finish {
         }
       }
   }
-  __device__ __forceinline__ void store(const Args& p, const float4 (&sums)[BLOCKS], const float* scales, int tile, int t, u32 tag) {
+  __device__ __forceinline__ void store(const Args& p, const float4 (&sums)[BLOCKS], const float* scales, int tile, int t) {
     const int other = row + PARTNER<MODE>;
     const bool has_bias = MODE == QKV || MODE == OUT ? ATTENTION_BIAS : MODE != HEAD && MLP_BIAS;
     const float2 bias = has_bias ? make_float2(__ldg(p.bias + row), __ldg(p.bias + other)) : make_float2(0, 0);
@@ -158,7 +159,15 @@ struct Finish {
         a += bias.x;
         b += bias.y;
         if (MODE == QKV) {
-          rotate_and_append(p, a, b, rotation[n][j], tile / TILES_A_HEAD, row % HEAD_DIM, __ldg(p.slots + token), token, tag);
+          const int head = tile / TILES_A_HEAD, d = row % HEAD_DIM;
+          const float2 v = rotated(a, b, rotation[n][j]);
+          if (head >= HEADS) {
+            append(p, v, head, d, __ldg(p.slots + token));
+          } else {
+            u16* to = p.y + (size_t)token * Q_SIZE + head * HEAD_DIM + d;
+            to[0] = pack1(v.x);
+            to[HEAD_DIM / 2] = pack1(v.y);
+          }
         } else if (MODE == OUT || MODE == DOWN) {
           a += j ? residual[n].y : residual[n].x;
           b += j ? residual[n].w : residual[n].z;
@@ -228,8 +237,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   u64* bars = reinterpret_cast<u64*>(input + Layout::WORK + NW * SUMS);
   float* words = reinterpret_cast<float*>(bars + Layout::BARRIERS);     // [NW][ROWS] pairs
   float* scales = words + NW * ROWS * 2;
-  int* counts = reinterpret_cast<int*>(scales + ROWS);
-  Ring<STAGES> ring{smem32(shared + warp * STAGES * STAGE), smem32(bars + warp * STAGES)};
+  Ring<STAGES, STAGE> ring{smem32(shared + warp * STAGES * STAGE), smem32(bars + warp * STAGES)};
   const u32 done = smem32(bars + NW * STAGES), emptied = done + NBUF * 8;       // of the buffers of parts
   const u32 received = emptied + (NBUF + warp) * 8, taken = received + NW * 8;  // of sums: by this warp; by the other CTA
 
@@ -240,13 +248,6 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   const u64 policy = evict_first();
   Weights<MODE, K> weights;
   weights.start(first, last, warp, rank);
-  CachedTokens cached;
-  int room = STAGES;        // of the ring
-  auto refill = [&]() {     // as a stage has been read
-    if (weights.left) weights.request(map, ring, lane, policy);
-    else if (MODE == QKV && cached.more) cached.request(p, ring, lane, policy);
-    else ++room;
-  };
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
   if (tid < NBUF) {
@@ -262,7 +263,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   __syncthreads();
   if (lane == 0) mbar_expect(received, SUMS);
   cluster_arrive();
-  for (; room && weights.left; --room) weights.request(map, ring, lane, policy);
+  for (int i = 0; i < STAGES && weights.left; ++i) weights.request(map, ring, lane, policy);
   grid_wait();
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
   Scales<K> norm;
@@ -273,7 +274,6 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   cluster_wait();           // also a barrier of the CTA's threads
   if (SCALED) __syncthreads();
 
-  const u32 tag = MODE == QKV ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
   Finish<MODE> finish;
   finish.start();
   float4 mine[BLOCKS];      // sums of the tile that this warp is to finish
@@ -294,7 +294,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     }
     __syncwarp();
     if (lane == 0) arrive_remotely(remote(taken, peer));
-    finish.store(p, mine, scales, first + awaited, t, tag);
+    finish.store(p, mine, scales, first + awaited, t);
     awaited = -1;
   };
   // Parts of tile i lie in buffer i % NBUF; warp i / 2 % NW of either CTA adds them up: one CTA's sends them, the other's finishes.
@@ -316,10 +316,9 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
         }
       }
       __syncwarp();
-      refill();
+      if (weights.left) weights.request(map, ring, lane, policy);
       ring.next_out();
     }
-    if (MODE == QKV && i == 0) cached.start(p, warp, lane);     // while there is enough in the ring
     const int buffer = i % NBUF;
     float4* part = parts + buffer * (NW * BLOCKS * 32) + lane;
     if (i >= NBUF) mbar_wait(emptied + buffer * 8, (i / NBUF - 1) & 1);
@@ -360,32 +359,19 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     }
   }
   if (awaited >= 0) complete();
-  if (MODE == QKV) {
-    for (; room && cached.more; --room) cached.request(p, ring, lane, policy);
-    __syncthreads();        // what the input and the parts lay in is free
-    const Team& team = cached.team;
-    float* merge = reinterpret_cast<float*>(input) + team.group * (PARTIES * GROUP * (HEAD_DIM + 2));
-    attend(p, ring, team, merge, counts + team.group, tag, refill);
-  } else if (MODE != GATE_UP) {
-    finish.end(p, words, warp, lane);
-    if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
-  }
+  if (MODE == OUT || MODE == DOWN || MODE == HEAD) finish.end(p, words, warp, lane);
   if (has_sent) mbar_wait(taken, taken_parity);     // no CTA ends while the other may tell it that it took its sums
 }
 
 #define KERNEL(name, mode, k)                                                                  \
   static_assert(Shared<mode, k>::TOTAL == SHARED_##name, "shared memory as planned");          \
-  extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NT, 1) void name
+  extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(REGISTERS_##name) void name
 
 KERNEL(qkv, QKV, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, const float* sums, int is_finished, const float* cos,
-                         const float* sin, const int* positions, const int* slots, const int* seq_lens, const int* block_table, u16* keys,
-                         u16* values, const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, u16* attended,
-                         float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride, int num_rows, int layer) {
+                         const float* sin, const int* positions, const int* slots, u16* keys, u16* values, u16* y, int num_rows) {
   Args p{};
   p.bias = bias; p.x = x; p.sums = sums; p.is_finished = is_finished; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
-  p.seq_lens = seq_lens; p.block_table = block_table; p.keys = keys; p.values = values; p.attended = attended; p.part = part;
-  p.key_map = &key_map; p.value_map = &value_map; p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error;
-  p.table_stride = table_stride; p.num_rows = num_rows; p.layer = layer;
+  p.keys = keys; p.values = values; p.y = y; p.num_rows = num_rows;
   run<QKV, HIDDEN>(p, w);
 }
 
@@ -410,9 +396,9 @@ KERNEL(down, DOWN, FFN)(const __grid_constant__ TensorMap w, const float* bias, 
   run<DOWN, FFN>(p, w);
 }
 
-KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, const u16* x, float* logits, float2* best, int* epoch, int num_rows) {
+KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, const u16* x, float* logits, float2* best, int num_rows) {
   Args p{};
-  p.x = x; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
+  p.x = x; p.logits = logits; p.best = best; p.num_rows = num_rows;
   run<HEAD, HIDDEN>(p, w);
 }
 

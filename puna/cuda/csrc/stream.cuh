@@ -1,6 +1,6 @@
 // Streaming weights: what a tile is, which part of it a warp has, and the ring through which it comes.
 #pragma once
-#include "sm90.cuh"
+#include "ring.cuh"
 
 constexpr int NW = 8, NT = 32 * NW, TILE = 16, CHUNK = 256, UNIT = 32;
 constexpr int CLUSTER = ROWS == 1 ? 1 : 2;          // CTAs that share a tile's columns
@@ -9,7 +9,6 @@ constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = H
 constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
 constexpr int PARTIES = 8;                          // that share a task of attention
 static_assert(HIDDEN % 256 == 0 && Q_SIZE % 256 == 0 && FFN % 256 == 0, "eight warps share the columns in units of 32");
-static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
 
 enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
 
@@ -18,10 +17,10 @@ struct Args {
   const u16* x;             // [ROWS, K]; of one row where there is no norm before it
   float* h;                 // the residual [ROWS, HIDDEN]
   const float* gamma;       // [HIDDEN]: of one row, of QKV, GATE_UP, HEAD; of more, of OUT and DOWN, of the next norm, or null
-  u16* y;                   // GATE_UP: [ROWS, FFN]
+  u16* y;                   // GATE_UP: [ROWS, FFN]; QKV of more rows than one: the queries [ROWS, Q_SIZE]
   float* logits;            // HEAD: [ROWS, VOCAB]
   float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
-  int* epoch;               // counts steps; HEAD adds 1
+  int* epoch;               // counts steps; HEAD of one row adds 1
   int num_rows;
   const int* rows;          // HEAD of one row: [1] row of h
   // Of more rows than one. A norm's factor is not in its input: round(h gamma SCALE), with the sums of h's squares in `sums`,
@@ -30,7 +29,7 @@ struct Args {
   int is_finished;
   u16* next;                // OUT, DOWN: the next product's input [ROWS, HIDDEN], and the sums that go with it
   float* new_sums;
-  // QKV only
+  // QKV; what attention needs: of one row
   u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
   const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
   const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
@@ -66,20 +65,18 @@ __device__ constexpr int num_rows_of(int mode) {
 }
 
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
-// A query's, key's or value's numbers a and b, of dimensions d and d + HEAD_DIM / 2 of a head, for whoever attends, and for the cache.
-__device__ __forceinline__ void rotate_and_append(const Args& p, float a, float b, float2 rotation, int head, int d, int slot, int token, u32 tag) {
-  const float rotated = a * rotation.x - b * rotation.y;
-  b = b * rotation.x + a * rotation.y;
-  a = rotated;
-  if (head >= HEADS) {
-    u16* to = (head < HEADS + KV_HEADS ? p.keys : p.values) +
-              (((size_t)(slot / KV_BLOCK) * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + d;
-    a = clipped(a);
-    b = clipped(b);
-    to[0] = pack1(a);
-    to[HEAD_DIM / 2] = pack1(b);
-  }
-  st_tagged(p.fresh + ((size_t)token * ALL_HEADS + head) * (HEAD_DIM / 2) + d, pack2(a, b), tag);
+// A query's or key's numbers of dimensions d and d + HEAD_DIM / 2 of a head.
+__device__ __forceinline__ float2 rotated(float a, float b, float2 rotation) {
+  return make_float2(a * rotation.x - b * rotation.y, b * rotation.x + a * rotation.y);
+}
+// To the cache; what is appended. `head`: behind those of queries, of keys, then of values.
+__device__ __forceinline__ float2 append(const Args& p, float2 v, int head, int d, int slot) {
+  u16* to = (head < HEADS + KV_HEADS ? p.keys : p.values) +
+            (((size_t)(slot / KV_BLOCK) * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + d;
+  v = make_float2(clipped(v.x), clipped(v.y));
+  to[0] = pack1(v.x);
+  to[HEAD_DIM / 2] = pack1(v.y);
+  return v;
 }
 
 // A CTA's chunks of a row, of those that the cluster shares, and a warp's: every eighth, so that what the warps request at about the
@@ -91,24 +88,6 @@ struct Slice {
   static __device__ __forceinline__ int first(int rank) { return ALL * rank / CLUSTER; }
   static __device__ __forceinline__ int count(int warp, int rank) { return (first(rank + 1) - first(rank) + NW - 1 - warp) / NW; }
   static __device__ __forceinline__ int column(int warp, int rank, int c) { return (first(rank) + warp + c * NW) * CHUNK; }
-};
-
-// A warp's ring: stages are filled and emptied in the same order.
-template <int STAGES>
-struct Ring {
-  u32 data, full;           // of stage 0
-  int in = 0, out = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ u32 wait() {
-    mbar_wait(full + out * 8, parity);
-    return data + out * STAGE;
-  }
-  __device__ __forceinline__ void next_out() {
-    if (++out == STAGES) { out = 0; parity ^= 1; }
-  }
-  __device__ __forceinline__ void next_in() {
-    if (++in == STAGES) in = 0;
-  }
 };
 
 // What a warp requests of the weights: its chunks of the CTA's tiles.
