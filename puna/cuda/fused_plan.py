@@ -112,6 +112,11 @@ def register_units(s: FusedShapes, kernel: str, rows: int) -> int:
     return min(units, _MOST_PIECES // blocks)
 
 
+def _most_tiles(s: FusedShapes) -> int:
+    """Whose sums `down` of several tokens keeps: all that two of 132 CTAs have, if not too many."""
+    return min(-(-s.hidden // (TILE * (132 // CLUSTER))), 6)
+
+
 def _registers(s: FusedShapes, kernel: str, rows: int) -> int:
     """Most registers of a thread; of several tokens. Where the input takes more there is no room
     for attention beside the kernel, which then begins when this one ends."""
@@ -121,7 +126,9 @@ def _registers(s: FusedShapes, kernel: str, rows: int) -> int:
 
 
 def _units(s: FusedShapes, kernel: str) -> int:
-    """Units of 32 columns that a warp has of one of several tokens."""
+    """Units of 32 columns that a warp has at a time of one of several tokens."""
+    if kernel == "down":  # one chunk
+        return _CHUNK // 32
     of_a_cta = -(-s.num_cols(kernel) // (_CHUNK * CLUSTER))
     return -(-of_a_cta // _WARPS) * (_CHUNK // 32)
 
@@ -129,8 +136,7 @@ def _units(s: FusedShapes, kernel: str) -> int:
 def _other_bytes(s: FusedShapes, kernel: str, rows: int) -> int:
     """Shared memory beside the rings and their barriers."""
     if rows > 1:
-        in_shared = _units(s, kernel) - register_units(s, kernel, rows)
-        return _few_bytes(s, kernel, rows, in_shared)
+        return _few_bytes(s, kernel, rows, _units(s, kernel) - register_units(s, kernel, rows))
     buffers = 2 * _WARPS
     parts = buffers * _WARPS * TILE * 4
     work = max(s.num_cols(kernel) * 2 + parts, _merge_bytes(s, kernel))
@@ -182,5 +188,6 @@ def fused_defines(config: EngineConfig, rows: int) -> dict[str, int | str]:
         **{f"SHARED_{kernel}": shared_bytes(s, kernel, rows) for kernel in KERNELS},
         **{f"STAGES_{kernel}": num_stages(s, kernel, rows) for kernel in KERNELS},
         **{f"UNITS_{kernel}": register_units(s, kernel, rows) for kernel in KERNELS if rows > 1},
+        **({"MOST_TILES": _most_tiles(s)} if rows > 1 else {}),
         **{f"REGISTERS_{kernel}": _registers(s, kernel, rows) for kernel in KERNELS if rows > 1},
     }

@@ -28,7 +28,7 @@ struct Args {
   const int* seq_lens;      // [num_seqs], this step's token included; 0: no sequence
   const int* block_table;   // [num_seqs, table_stride]
   u16* attended;            // [num_seqs, Q_SIZE]
-  float* pieces;            // [gridDim.x, 2, PIECE]: of the tasks that are cut at a CTA's ends
+  float* pieces;            // [gridDim.x, 3, PIECE]: of the tasks that are cut at a CTA's ends; of the first, its first warp's
   int* counts;              // [gridDim.x]: pieces that are there, of the task that a CTA begins; 0 between launches
   int table_stride, num_seqs;
 };
@@ -72,8 +72,10 @@ struct Deal {
     all = table[seqs] * KV_HEADS;
     num_ctas = max(min((int)gridDim.x, all), 1);
     const int num_tasks = num_present * KV_HEADS;
-    auto is_even = [&](int num_parties) { return (num_tasks + num_parties - 1) / num_parties * longest * num_parties <= all + all / 8; };
-    cuts_no_cta = is_even(num_ctas);
+    auto most = [&](int num_parties) { return (num_tasks + num_parties - 1) / num_parties * longest; };
+    auto is_even = [&](int num_parties) { return most(num_parties) * num_parties <= all + all / 8; };
+    // What CTAs leave each other costs about as much time as a few stretches.
+    cuts_no_cta = is_even(num_ctas) || most(num_ctas) <= 3 * NW;
     cuts_no_warp = cuts_no_cta && is_even(num_ctas * NW);
   }
   __device__ __forceinline__ int nearest_task(int n) const {
@@ -82,12 +84,13 @@ struct Deal {
     s.find(before, num_seqs, n);
     return s.at * 2 < s.num ? n - s.at : n - s.at + s.num;
   }
+  // Of all the cache's tokens, times the number of CTAs: less than 2^31.
   __device__ __forceinline__ int first_of_cta(int cta) const {
-    const int n = (int)((long long)all * min(cta, num_ctas) / num_ctas);
+    const int n = (int)((u32)all * min(cta, num_ctas) / num_ctas);
     return cuts_no_cta ? nearest_task(n) : n;
   }
   // The CTA that has a stretch, where CTAs' bounds may cut.
-  __device__ __forceinline__ int cta_of(int n) const { return (int)((((long long)n + 1) * num_ctas - 1) / all); }
+  __device__ __forceinline__ int cta_of(int n) const { return (int)((((u32)n + 1) * num_ctas - 1) / all); }
   __device__ __forceinline__ int first_of_warp(int first, int last, int warp) const {
     const int n = first + (last - first) * warp / NW;
     return cuts_no_warp && warp % NW ? nearest_task(n) : n;
@@ -175,44 +178,53 @@ struct Sum {
   __device__ __forceinline__ void store(u16* attended, int i) const { reinterpret_cast<u32*>(attended)[i] = pack2(v.x / l, v.y / l); }
 };
 
-// Shared memory: rings | pieces of tasks that warps before began | barriers | `before` | longest, number present, a word.
-constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = NW * PIECE * 4, BARRIERS = NW * KV_STAGES * 8;
-static_assert(RINGS + PIECES + BARRIERS + (MAX_SEQS + 4) * 4 == SHARED, "shared memory as planned");
+// Where a warp's stretches begin, and the task that this cuts: it is from stretch `start` to `end`; none where `end` is 0.
+struct Bound { int at, start, end, seq, kv; };
 
-// Adds up the parts of the tasks that are cut at the CTA's or its warps' bounds.
-__device__ __forceinline__ void add_cut(const Args& p, const Deal& deal, unsigned char* shared, int* word, int first, int last) {
-  const int tid = threadIdx.x, cta = blockIdx.x;
+// Shared memory: rings | pieces of tasks that the warps before began, but for the first | barriers | bounds | `before` | two words.
+constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * KV_STAGES * 8;
+constexpr int BOUNDS = (NW + 1) * (int)sizeof(Bound);
+static_assert(RINGS + PIECES + BARRIERS + BOUNDS + (MAX_SEQS + 3) * 4 == SHARED, "shared memory as planned");
+
+// Where a warp leaves its piece of a task: that a warp before began; or its last, so that its ring is free.
+__device__ __forceinline__ float* piece_of(const Args& p, unsigned char* shared, int warp, bool is_begun) {
+  if (!is_begun) return reinterpret_cast<float*>(shared + warp * KV_STAGES * KV_STAGE);
+  if (warp == 0) return p.pieces + (size_t)(blockIdx.x * 3 + 2) * PIECE;
+  return reinterpret_cast<float*>(shared + RINGS) + (warp - 1) * PIECE;
+}
+
+// Adds up the pieces of the tasks that are cut at the CTA's or its warps' bounds.
+__device__ __forceinline__ void add_cut(const Args& p, const Deal& deal, unsigned char* shared, const Bound* bounds, int* word) {
+  const int tid = threadIdx.x, first = bounds[0].at, last = bounds[NW].at;
   int done = 0;             // up to here
   for (int j = 0; j <= NW; ++j) {
-    const int bound = deal.first_of_warp(first, last, j);
-    if (bound < done || bound >= deal.all) continue;
-    Stretch s;
-    s.find(deal.before, deal.num_seqs, bound);
-    if (s.at == 0) continue;
-    const int start = bound - s.at, end = start + s.num;
-    done = end;
-    const bool is_whole = start >= first && end <= last;
-    u16* attended = p.attended + (size_t)s.seq * Q_SIZE + s.kv * GROUP * HEAD_DIM;
-    float* all = p.pieces + (size_t)(cta * 2 + (start >= first)) * PIECE;
+    const Bound cut = bounds[j];
+    if (cut.end <= done) continue;
+    done = cut.end;
+    const bool is_begun = cut.start < first, is_whole = !is_begun && cut.end <= last;
+    u16* attended = p.attended + (size_t)cut.seq * Q_SIZE + cut.kv * GROUP * HEAD_DIM;
+    float* of_cta = p.pieces + (size_t)(blockIdx.x * 3 + !is_begun) * PIECE;
     for (int i = tid; i < GROUP * HEAD_DIM / 2; i += NT) {
       const int at = i / (HEAD_DIM / 2) * PART, d = i % (HEAD_DIM / 2) * 2;
       Sum sum;
+#pragma unroll
       for (int w = 0; w < NW; ++w) {
-        const int from = deal.first_of_warp(first, last, w), to = deal.first_of_warp(first, last, w + 1);
-        if (max(from, start) >= min(to, end)) continue;
-        const float* piece = reinterpret_cast<const float*>(from > start ? shared + RINGS + w * PIECE * 4 : shared + w * KV_STAGES * KV_STAGE) + at;
-        sum.add(*reinterpret_cast<const float2*>(piece + d), piece[HEAD_DIM], piece[HEAD_DIM + 1]);
+        const int from = bounds[w].at;
+        if (max(from, cut.start) >= min(bounds[w + 1].at, cut.end)) continue;
+        const float* piece = piece_of(p, shared, w, from > cut.start) + at;
+        const float2 of_all = *reinterpret_cast<const float2*>(piece + HEAD_DIM);
+        sum.add(*reinterpret_cast<const float2*>(piece + d), of_all.x, of_all.y);
       }
       if (is_whole) {
         sum.store(attended, i);
       } else {
-        __stcg(reinterpret_cast<float2*>(all + at + d), sum.v);
-        if (d == 0) __stcg(reinterpret_cast<float2*>(all + at + HEAD_DIM), make_float2(sum.m, sum.l));
+        __stcg(reinterpret_cast<float2*>(of_cta + at + d), sum.v);
+        if (d == 0) __stcg(reinterpret_cast<float2*>(of_cta + at + HEAD_DIM), make_float2(sum.m, sum.l));
       }
     }
     if (is_whole) continue;
-    // Whoever comes last adds up all parts, in order.
-    const int from = deal.cta_of(start), to = deal.cta_of(end - 1);
+    // Whoever comes last adds up what the CTAs have, in order.
+    const int from = deal.cta_of(cut.start), to = deal.cta_of(cut.end - 1);
     __threadfence();
     __syncthreads();
     if (tid == 0) *word = atomicAdd(p.counts + from, 1);
@@ -226,7 +238,7 @@ __device__ __forceinline__ void add_cut(const Args& p, const Deal& deal, unsigne
       Sum sum;
 #pragma unroll 4
       for (int c = from; c <= to; ++c) {
-        const float* piece = p.pieces + (size_t)(c * 2 + (c == from)) * PIECE + at;
+        const float* piece = p.pieces + (size_t)(c * 3 + (c == from)) * PIECE + at;
         const float2 of_all = __ldcg(reinterpret_cast<const float2*>(piece + HEAD_DIM));
         sum.add(__ldcg(reinterpret_cast<const float2*>(piece + d)), of_all.x, of_all.y);
       }
@@ -244,7 +256,8 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
   unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   u64* bars = reinterpret_cast<u64*>(shared + RINGS + PIECES);
-  int* before = reinterpret_cast<int*>(bars + NW * KV_STAGES);      // [MAX_SEQS + 1]
+  Bound* bounds = reinterpret_cast<Bound*>(bars + NW * KV_STAGES);  // [NW + 1]
+  int* before = reinterpret_cast<int*>(bounds + NW + 1);            // [MAX_SEQS + 1]
   int* words = before + MAX_SEQS + 1;
   WarpRing ring{smem32(shared + warp * KV_STAGES * KV_STAGE), smem32(bars + warp * KV_STAGES)};
 
@@ -292,12 +305,23 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
     if (requests.left > 0) requests.request(p, deal, ring, lane, policy);
     else ++room;
   };
+  auto mark = [&](int which, int at, const Stretch& s) {
+    if (lane == 0) bounds[which] = {at, at - s.at, s.at ? at - s.at + s.num : 0, s.seq, s.kv};
+  };
+  Stretch s{};
+  if (first < deal.all) s.find(before, num_seqs, first);
+  if (!deal.cuts_no_warp) {
+    mark(warp, first, s);
+    if (warp == NW - 1) {
+      Stretch behind{};
+      if (last < deal.all) behind.find(before, num_seqs, last);
+      mark(NW, last, behind);
+    }
+  }
   grid_wait();
 
   int left = last - first;
   if (left > 0) {
-    Stretch s;
-    s.find(before, num_seqs, first);
     Queries queries, next_queries;
     load_queries(next_queries, p, s.seq, s.kv, lane);
     for (;;) {
@@ -321,8 +345,8 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
           const float r = 1 / mine.l;
 #pragma unroll
           for (int d = 0; d < HEAD_DIM / 8; ++d) to[d * 4] = pack2(mine.o[d][0] * r, mine.o[d][1] * r);
-        } else {            // a task that a warp before began; or the last of this one's, so that its ring is free
-          float* to = reinterpret_cast<float*>(begin ? shared + RINGS + warp * PIECE * 4 : shared + warp * KV_STAGES * KV_STAGE) + g * PART;
+        } else {
+          float* to = piece_of(p, shared, warp, begin > 0) + g * PART;
 #pragma unroll
           for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
           if (t == 0) *reinterpret_cast<float2*>(to + HEAD_DIM) = make_float2(mine.m, mine.l);
@@ -334,5 +358,5 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
   }
   if (deal.cuts_no_warp || first_of_cta == last_of_cta) return;
   __syncthreads();
-  add_cut(p, deal, shared, words + 2, first_of_cta, last_of_cta);
+  add_cut(p, deal, shared, bounds, words);
 }

@@ -112,7 +112,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   const int first = (int)((long long)TILES * blockIdx.x / gridDim.x), last = (int)((long long)TILES * (blockIdx.x + 1) / gridDim.x);
   const u64 policy = evict_first();
   Weights<MODE, K> weights;
-  weights.start(first, last, warp, 0);
+  weights.start(first, last, warp, 0, 1);
   CachedTokens cached;
   int room = STAGES;        // of the ring
   auto refill = [&]() {     // as a stage has been read

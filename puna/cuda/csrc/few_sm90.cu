@@ -13,7 +13,7 @@
 // a residual that no kernel of these has written, with the factor.
 //
 // Defined by who compiles it: as for decode_sm90.cu, with ROWS (8, 16), UNITS_<kernel>: of the input, that a warp keeps in
-// registers, REGISTERS_<kernel>: most registers of a thread.
+// registers, REGISTERS_<kernel>: most registers of a thread, MOST_TILES: whose sums `down` keeps.
 #include "best.cuh"
 #include "cluster.cuh"
 #include "stream.cuh"
@@ -26,15 +26,18 @@ constexpr int SUMS = BLOCKS * 512;                  // bytes of a tile's sums: [
 // Of float16's range up to 65,504, so that residuals of a million may still be told.
 constexpr float SCALE = BF16 ? 1.f : 1 / 16.f;
 
+// The input of `down` is too much to keep: it is read chunk by chunk, each for MOST_TILES tiles, whose sums are kept instead.
+template <int MODE>
+__device__ constexpr bool BY_CHUNK = MODE == DOWN;
 __device__ constexpr int units_in_registers(int mode) {
-  return mode == QKV ? UNITS_qkv : mode == OUT ? UNITS_out : mode == GATE_UP ? UNITS_gate_up : mode == DOWN ? UNITS_down : UNITS_head;
+  return mode == QKV ? UNITS_qkv : mode == OUT ? UNITS_out : mode == GATE_UP ? UNITS_gate_up : mode == DOWN ? CHUNK / UNIT : UNITS_head;
 }
 
 // Shared memory of a kernel: rings, input, parts of tiles, sums from the other CTA, barriers, words.
 template <int MODE, int K>
 struct Shared {
   static constexpr int STAGES = num_stages(MODE), RINGS = NW * STAGES * STAGE;
-  static constexpr int UNITS = Slice<K>::MOST * CHUNK / UNIT, IN_REGISTERS = units_in_registers(MODE);
+  static constexpr int UNITS = (BY_CHUNK<MODE> ? 1 : Slice<K>::MOST) * CHUNK / UNIT, IN_REGISTERS = units_in_registers(MODE);
   static constexpr int INPUT = NW * (UNITS - IN_REGISTERS) * SUMS, PARTS = NBUF * NW * SUMS;
   static constexpr int WORK = INPUT + PARTS;
   static constexpr int BARRIERS = NW * STAGES + 2 * NBUF + 2 * NW;
@@ -48,9 +51,10 @@ struct Fragments {
   static constexpr int UNITS = Shared<MODE, K>::UNITS, IN_REGISTERS = Shared<MODE, K>::IN_REGISTERS;
   u32 f[IN_REGISTERS][BLOCKS][4];
   u32 rest;                 // of the lane, in shared memory
-  __device__ __forceinline__ void load(const Args& p, unsigned char* input, int warp, int lane, int rank) {
-    const int g = lane >> 2, t = lane & 3, num_chunks = Slice<K>::count(warp, rank);
-    const u16* x = p.x + Slice<K>::column(warp, rank, 0) + t * 8;
+  // From a warp's chunk `from` on.
+  __device__ __forceinline__ void load(const Args& p, unsigned char* input, int from, int warp, int lane, int rank) {
+    const int g = lane >> 2, t = lane & 3, num_chunks = Slice<K>::count(warp, rank) - from;
+    const u16* x = p.x + Slice<K>::column(warp, rank, from) + t * 8;
     rest = smem32(input) + (warp * (UNITS - IN_REGISTERS) * BLOCKS * 32 + lane) * 16;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u)
@@ -247,7 +251,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   const int first = (int)((long long)TILES * cluster / num_clusters), last = (int)((long long)TILES * (cluster + 1) / num_clusters);
   const u64 policy = evict_first();
   Weights<MODE, K> weights;
-  weights.start(first, last, warp, rank);
+  weights.start(first, last, warp, rank, BY_CHUNK<MODE> ? MOST_TILES : 1);
 
   if (lane < STAGES) mbar_init(ring.full + lane * 8, 1);
   if (tid < NBUF) {
@@ -263,13 +267,21 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   __syncthreads();
   if (lane == 0) mbar_expect(received, SUMS);
   cluster_arrive();
-  for (int i = 0; i < STAGES && weights.left; ++i) weights.request(map, ring, lane, policy);
+  // The input comes when the weights have that were requested before it: the last stage waits until it has been requested, unless
+  // it has to be there to go on.
+  constexpr int EARLY = Layout::INPUT || STAGES < 3 ? STAGES : 2;
+  int num_asked = 0;
+  auto ask = [&](int most) {
+    for (; num_asked < most && weights.left; ++num_asked) weights.request(map, ring, lane, policy);
+  };
+  ask(EARLY);
   grid_wait();
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
   Scales<K> norm;
   if (SCALED) norm.load(p, warp, lane);
-  Fragments<MODE, K> fragments;
-  fragments.load(p, input, warp, lane, rank);     // a warp's fragments are its own
+  Fragments<MODE, K> fragments[BY_CHUNK<MODE> ? 2 : 1];
+  fragments[0].load(p, input, 0, warp, lane, rank);     // a warp's fragments are its own
+  ask(STAGES);
   if (SCALED) norm.store(p, scales, warp, lane);
   cluster_wait();           // also a barrier of the CTA's threads
   if (SCALED) __syncthreads();
@@ -298,37 +310,17 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     awaited = -1;
   };
   // Parts of tile i lie in buffer i % NBUF; warp i / 2 % NW of either CTA adds them up: one CTA's sends them, the other's finishes.
-  for (int i = 0, tile = first; tile < last; ++i, ++tile) {
+  auto hand_over = [&](int i, const float (&sum)[BLOCKS][4]) {
     if (awaited >= 0 && i >= awaited + LAG) complete();
-    float c0[BLOCKS][4] = {}, c1[BLOCKS][4] = {};
-#pragma unroll
-    for (int c = 0; c < Slice<K>::MOST; ++c) {
-      if (!Slice<K>::IS_EVEN && c == weights.num_chunks) break;
-      const u32 stage = ring.wait() + g * ROW_BYTES + t * 16;
-#pragma unroll
-      for (int u = 0; u < CHUNK / UNIT; ++u) {
-        const uint4 w = lds128(stage + u * UNIT * 2), v = lds128(stage + 8 * ROW_BYTES + u * UNIT * 2);
-#pragma unroll
-        for (int n = 0; n < BLOCKS; ++n) {
-          const uint4 x = fragments.get(c * (CHUNK / UNIT) + u, n);
-          mma16(c0[n], w.x, v.x, w.y, v.y, x.x, x.y);
-          mma16(c1[n], w.z, v.z, w.w, v.w, x.z, x.w);
-        }
-      }
-      __syncwarp();
-      if (weights.left) weights.request(map, ring, lane, policy);
-      ring.next_out();
-    }
     const int buffer = i % NBUF;
     float4* part = parts + buffer * (NW * BLOCKS * 32) + lane;
     if (i >= NBUF) mbar_wait(emptied + buffer * 8, (i / NBUF - 1) & 1);
 #pragma unroll
-    for (int n = 0; n < BLOCKS; ++n)
-      part[(warp * BLOCKS + n) * 32] = make_float4(c0[n][0] + c1[n][0], c0[n][1] + c1[n][1], c0[n][2] + c1[n][2], c0[n][3] + c1[n][3]);
+    for (int n = 0; n < BLOCKS; ++n) part[(warp * BLOCKS + n) * 32] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
     mbar_arrive(done + buffer * 8);     // each lane for itself, as in decode_sm90.cu
-    if (i / 2 % NW != warp) continue;
+    if (i / 2 % NW != warp) return;
     const bool is_mine = i % 2 == rank;
-    if (is_mine) finish.load(p, tile, g, t);
+    if (is_mine) finish.load(p, first + i, g, t);
     mbar_wait(done + buffer * 8, i / NBUF & 1);
     float4 v[BLOCKS];
 #pragma unroll
@@ -356,6 +348,63 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
       has_sent = true;
 #pragma unroll
       for (int n = 0; n < BLOCKS; ++n) send(remote(sums + (n * 32 + lane) * 16, peer), v[n], remote(received, peer));
+    }
+  };
+  // A chunk of a tile: the products of the odd and of the even columns are summed apart.
+  auto multiply = [&](const Fragments<MODE, K>& x, int c, float (&c0)[BLOCKS][4], float (&c1)[BLOCKS][4]) {
+    const u32 stage = ring.wait() + g * ROW_BYTES + t * 16;
+#pragma unroll
+    for (int u = 0; u < CHUNK / UNIT; ++u) {
+      const uint4 w = lds128(stage + u * UNIT * 2), v = lds128(stage + 8 * ROW_BYTES + u * UNIT * 2);
+#pragma unroll
+      for (int n = 0; n < BLOCKS; ++n) {
+        const uint4 b = x.get(c * (CHUNK / UNIT) + u, n);
+        mma16(c0[n], w.x, v.x, w.y, v.y, b.x, b.y);
+        mma16(c1[n], w.z, v.z, w.w, v.w, b.z, b.w);
+      }
+    }
+    __syncwarp();
+    if (weights.left) weights.request(map, ring, lane, policy);
+    ring.next_out();
+  };
+  auto add = [](float (&to)[BLOCKS][4], const float (&from)[BLOCKS][4]) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[n][j] += from[n][j];
+  };
+  if constexpr (BY_CHUNK<MODE>) {
+    for (int begin = first; begin < last; begin += MOST_TILES) {
+      if (begin > first) fragments[0].load(p, input, 0, warp, lane, rank);
+      float held[MOST_TILES][BLOCKS][4] = {};
+#pragma unroll
+      for (int c = 0; c < Slice<K>::MOST; ++c) {
+        if (!Slice<K>::IS_EVEN && c == weights.num_chunks) break;
+        if (c + 1 < Slice<K>::MOST) fragments[(c + 1) % 2].load(p, input, c + 1, warp, lane, rank);
+#pragma unroll
+        for (int i = 0; i < MOST_TILES; ++i) {
+          if (begin + i >= last) break;
+          float c1[BLOCKS][4] = {};
+          multiply(fragments[c % 2], 0, held[i], c1);
+          add(held[i], c1);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < MOST_TILES; ++i) {
+        if (begin + i >= last) break;
+        hand_over(begin - first + i, held[i]);
+      }
+    }
+  } else {
+    for (int i = 0; first + i < last; ++i) {
+      float c0[BLOCKS][4] = {}, c1[BLOCKS][4] = {};
+#pragma unroll
+      for (int c = 0; c < Slice<K>::MOST; ++c) {
+        if (!Slice<K>::IS_EVEN && c == weights.num_chunks) break;
+        multiply(fragments[0], c, c0, c1);
+      }
+      add(c0, c1);
+      hand_over(i, c0);
     }
   }
   if (awaited >= 0) complete();

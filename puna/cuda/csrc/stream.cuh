@@ -90,14 +90,17 @@ struct Slice {
   static __device__ __forceinline__ int column(int warp, int rank, int c) { return (first(rank) + warp + c * NW) * CHUNK; }
 };
 
-// What a warp requests of the weights: its chunks of the CTA's tiles.
+// What a warp requests of the weights: its chunks of the CTA's tiles, of `span` tiles the first, then of these the second, ...
 template <int MODE, int K>
 struct Weights {
-  int column, num_chunks, left, tile, chunk = 0;
-  __device__ __forceinline__ void start(int first_tile, int last_tile, int warp, int rank) {
+  int column, num_chunks, left, begin, end, last, span, tile, chunk = 0;
+  __device__ __forceinline__ void start(int first_tile, int last_tile, int warp, int rank, int tiles) {
     column = Slice<K>::column(warp, rank, 0);
     num_chunks = Slice<K>::count(warp, rank);
-    tile = first_tile;
+    tile = begin = first_tile;
+    last = last_tile;
+    span = tiles;
+    end = min(begin + span, last);
     left = (last_tile - first_tile) * num_chunks;
   }
   template <class R>
@@ -109,10 +112,13 @@ struct Weights {
     }
     ring.next_in();
     --left;
+    if (++tile < end) return;
     if (++chunk == num_chunks) {
       chunk = 0;
-      ++tile;
+      begin = end;
+      end = min(begin + span, last);
     }
+    tile = begin;
   }
 };
 
