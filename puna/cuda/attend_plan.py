@@ -18,7 +18,7 @@ _OF_A_MULTIPROCESSOR, _RESERVED = 228 * 1024, 1024  # reserved: of each CTA
 _RING_BYTES = 16 * 1024  # of a warp
 # Most registers of a thread, and of one of the products beside it: of each quarter of a
 # multiprocessor one warp of attention and two of a product share 512 a lane.
-REGISTERS, REGISTERS_BESIDE = 208, 152
+REGISTERS, REGISTERS_BESIDE = 200, 152
 
 
 def has_attend(config: EngineConfig) -> bool:
@@ -37,7 +37,7 @@ def attend_shared_bytes(group: int, head_dim: int, seqs: int) -> int:
     """Rings and their barriers, what warps leave each other, and a table of the sequences."""
     pieces = (NUM_WARPS - 1) * piece_numbers(group, head_dim) * 4
     barriers = NUM_WARPS * _num_stages(head_dim) * 8
-    bounds = (NUM_WARPS + 1) * 5 * 4
+    bounds = (NUM_WARPS + 1) * 4 * 4
     return NUM_WARPS * _RING_BYTES + pieces + barriers + bounds + (seqs + 3) * 4
 
 
@@ -45,6 +45,12 @@ def room_beside(group: int, head_dim: int) -> int:
     """Bytes of shared memory that a CTA may have to be resident beside one of attention."""
     taken = attend_shared_bytes(group, head_dim, MAX_SEQS)
     return _OF_A_MULTIPROCESSOR - taken - 2 * _RESERVED
+
+
+def room_beside_attend(config: EngineConfig) -> int:
+    """`room_beside` of an engine."""
+    group, head_dim, _ = _sizes(config)
+    return room_beside(group, head_dim)
 
 
 def piece_numbers(group: int, head_dim: int) -> int:

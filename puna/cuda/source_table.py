@@ -118,10 +118,15 @@ def _stream_k_source(config: EngineConfig, tokens: int) -> CudaSource:
     arguments = (("w", "map"), ("x", "map"), ("bias", "*fp32"), ("y", "*fp32"))
     numbers = ("num_tokens", "num_rows", "num_blocks", "num_chunks", "is_whole")
     arguments += tuple((name, "i32") for name in numbers)
-    name, shared = f"stream_k_{tokens}", stream_k_shared_bytes(tokens)
-    kernel = CudaKernel(name, "stream_k", arguments, STREAM_K_WARPS, shared, True)
+    name, given = f"stream_k_{tokens}", (arguments, STREAM_K_WARPS)
+    kernels = [
+        CudaKernel(
+            name + suffix, "stream_k", *given, stream_k_shared_bytes(config, tokens, it), True
+        )
+        for suffix, it in (("", False), ("_beside", True))
+    ]
     defines = tuple(stream_k_defines(config, tokens).items())
-    return CudaSource(name, "stream_k_sm90.cu", defines, (kernel,))
+    return CudaSource(name, "stream_k_sm90.cu", defines, tuple(kernels))
 
 
 def _swiglu_source(config: EngineConfig) -> CudaSource:

@@ -88,7 +88,10 @@ class StreamK:
             cut.num_chunks,
             int(is_whole),
         )
-        self._kernels.launch(f"stream_k_{tokens}", (num_ctas, 1, 1), arguments, overlaps)
+        # Attention is resident beside the products in front of it and behind it.
+        beside = "_beside" if role in ("qkv", "o") else ""
+        name, grid = f"stream_k_{tokens}{beside}", (num_ctas, 1, 1)
+        self._kernels.launch(name, grid, arguments, overlaps)
 
     def _map(self, array_NK: Tensor, num_rows: int) -> TensorMap:
         """Rows beyond those of the array are zeros."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from puna.cuda.attend_plan import MAX_SHARED, REGISTERS, has_attend, room_beside_attend
 from puna.engine import EngineConfig
 from puna.weights import extent
 
@@ -20,7 +21,6 @@ BLOCK_ROWS, CHUNK_COLS = 256, 64
 NUM_WARPS = 9
 MAX_CTAS = 132  # of a product: multiprocessors of an H100 or H200
 LEAST_CHUNKS = 4  # of a CTA: parts of less would be as much to add as there were weights to read
-_MAX_SHARED = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,16 @@ def part_numbers(config: EngineConfig) -> int:
     return max((cut.most_parts * PART_TOKENS * cut.num_rows for cut in cuts), default=0)
 
 
-def stream_k_shared_bytes(tokens: int) -> int:
-    """Of the ring and its barriers: as many stages as there is room for."""
+def stream_k_shared_bytes(config: EngineConfig, tokens: int, is_beside: bool) -> int:
+    """Of the ring and its barriers: as many stages as there is room for; beside attention, where
+    the engine has such a kernel."""
+    room = room_beside_attend(config) if is_beside and has_attend(config) else MAX_SHARED
     stage = (BLOCK_ROWS + tokens) * CHUNK_COLS * 2 + 16
-    return _MAX_SHARED // stage * stage
+    return room // stage * stage
 
 
 def stream_k_defines(config: EngineConfig, tokens: int) -> dict[str, int]:
-    """Macros of the source."""
-    is_bfloat16 = config.dtype == "bfloat16"
-    return {"TOKENS": tokens, "BF16": int(is_bfloat16), "SHARED": stream_k_shared_bytes(tokens)}
+    """Macros of the source. Three of nine warps share a quarter of a multiprocessor's registers
+    with one of attention's."""
+    beside = {"TOKENS": tokens, "BF16": int(config.dtype == "bfloat16")}
+    return {**beside, "REGISTERS": (512 - REGISTERS) // 3 // 8 * 8}

@@ -66,6 +66,7 @@ struct Machine {
   Fiber* self = nullptr;
   jmp_buf scheduler;
   Dim grid, block;
+  u32 shared = 0;           // bytes of a CTA
   u64 progress = 0;         // of anything: when it stands still, threads wait in vain
   std::vector<std::pair<int, std::function<void()>>> copies;    // passes until it comes
   std::mt19937 random{1};
@@ -102,6 +103,7 @@ struct Machine {
     kernel = std::move(call);
     grid = {num_ctas};
     block = {num_threads};
+    shared = shared_bytes;
     constexpr int STACK = 96 << 10, ALIGNED = 1 << 10;
     std::vector<Cta> ctas(num_ctas);
     std::vector<Cta*> pointers(num_ctas);
@@ -222,6 +224,7 @@ inline int __any_sync(u32, int v) {
 }
 
 // ---- Of Hopper: see csrc/sm90.cuh --------------------------------------------------------------------------------------------------
+inline u32 shared_bytes() { return machine.shared; }
 inline unsigned char* shared_memory() { return machine.self->cta->shared; }
 // The upper byte of an address is a rank of the cluster + 1; 0: here.
 inline u32 smem32(const void* p) { return (u32)(static_cast<const unsigned char*>(p) - shared_memory()); }

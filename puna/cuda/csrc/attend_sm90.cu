@@ -179,7 +179,7 @@ struct Sum {
 };
 
 // Where a warp's stretches begin, and the task that this cuts: it is from stretch `start` to `end`; none where `end` is 0.
-struct Bound { int at, start, end, seq, kv; };
+struct Bound { int at, start, end, task; };
 
 // Shared memory: rings | pieces of tasks that the warps before began, but for the first | barriers | bounds | `before` | two words.
 constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * KV_STAGES * 8;
@@ -202,7 +202,7 @@ __device__ __forceinline__ void add_cut(const Args& p, const Deal& deal, unsigne
     if (cut.end <= done) continue;
     done = cut.end;
     const bool is_begun = cut.start < first, is_whole = !is_begun && cut.end <= last;
-    u16* attended = p.attended + (size_t)cut.seq * Q_SIZE + cut.kv * GROUP * HEAD_DIM;
+    u16* attended = p.attended + (size_t)cut.task * GROUP * HEAD_DIM;
     float* of_cta = p.pieces + (size_t)(blockIdx.x * 3 + !is_begun) * PIECE;
     for (int i = tid; i < GROUP * HEAD_DIM / 2; i += NT) {
       const int at = i / (HEAD_DIM / 2) * PART, d = i % (HEAD_DIM / 2) * 2;
@@ -306,7 +306,7 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
     else ++room;
   };
   auto mark = [&](int which, int at, const Stretch& s) {
-    if (lane == 0) bounds[which] = {at, at - s.at, s.at ? at - s.at + s.num : 0, s.seq, s.kv};
+    if (lane == 0) bounds[which] = {at, at - s.at, s.at ? at - s.at + s.num : 0, s.seq * KV_HEADS + s.kv};
   };
   Stretch s{};
   if (first < deal.all) s.find(before, num_seqs, first);

@@ -17,6 +17,11 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char shared[];
   return shared;
 }
+__device__ __forceinline__ u32 shared_bytes() {
+  u32 r;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(r));
+  return r;
+}
 __device__ __forceinline__ u32 smem32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- Dependent launches: let the next kernel begin; wait until those before have ended -----------------------------------

@@ -6,22 +6,22 @@
 // One warp copies weights and input into a ring; it requests weights before the kernels in front have ended. Two warpgroups have 128
 // rows each: wgmma with the weights as its first operand, and the tokens as the columns.
 //
-// Defined by who compiles it: TOKENS, BF16, SHARED (bytes of dynamic shared memory).
+// Its ring has as many stages as there is room for in the shared memory that a launch was given.
+//
+// Defined by who compiles it: TOKENS, BF16, REGISTERS (most of a thread).
 #include "wgmma.cuh"
 
 constexpr int BLOCK_ROWS = 256, COLUMNS = 64, PART_TOKENS = 64;
 constexpr int TILE_BYTES = 64 * COLUMNS * 2;        // of 64 rows
 constexpr int WEIGHT_BYTES = BLOCK_ROWS * COLUMNS * 2, INPUT_BYTES = TOKENS * COLUMNS * 2, STAGE = WEIGHT_BYTES + INPUT_BYTES;
-constexpr int STAGES = SHARED / (STAGE + 16);
 constexpr int COMPUTE = 8;                          // warps; one more copies
-static_assert(STAGES >= 3 && STAGES * (STAGE + 16) == SHARED, "shared memory as planned");
 
 // A place in the ring.
 struct Turn {
   int at = 0;
   u32 parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == STAGES) { at = 0; parity ^= 1; }
+  __device__ __forceinline__ void next(int num_stages) {
+    if (++at == num_stages) { at = 0; parity ^= 1; }
   }
 };
 
@@ -55,17 +55,18 @@ __device__ __forceinline__ void store(const Product& p, const float (&d)[TOKENS 
     }
 }
 
-extern "C" __global__ __launch_bounds__((COMPUTE + 1) * 32, 1) void stream_k(const __grid_constant__ TensorMap weights,
+extern "C" __global__ __maxnreg__(REGISTERS) void stream_k(const __grid_constant__ TensorMap weights,
                                                                             const __grid_constant__ TensorMap input, const float* bias,
                                                                             float* y, int num_tokens, int num_rows, int num_blocks,
                                                                             int num_chunks, int is_whole) {
   const Product p{bias, y, num_tokens, num_rows, num_blocks, num_chunks, is_whole};
   unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const u32 data = smem32(shared), full = data + STAGES * STAGE, empty = full + STAGES * 8;
+  const int num_stages = shared_bytes() / (STAGE + 16);
+  const u32 data = smem32(shared), full = data + num_stages * STAGE, empty = full + num_stages * 8;
   const int first = first_chunk(p, blockIdx.x), last = first_chunk(p, blockIdx.x + 1);
 
-  if (tid < STAGES) {
+  if (tid < num_stages) {
     mbar_init(full + tid * 8, 1);
     mbar_init(empty + tid * 8, COMPUTE);
   }
@@ -83,13 +84,13 @@ extern "C" __global__ __launch_bounds__((COMPUTE + 1) * 32, 1) void stream_k(con
     auto load_input = [&](int chunk, int stage) {
       box_load_kept(data + stage * STAGE + WEIGHT_BYTES, input, chunk % num_chunks * COLUMNS, 0, 0, full + stage * 8);
     };
-    const int early = min(last - first, STAGES);
+    const int early = min(last - first, num_stages);
     for (int i = 0; i < early; ++i) load_weights(first + i, i);
     grid_wait();
     global_async_fence();
     for (int i = 0; i < early; ++i) load_input(first + i, i);
     Turn turn;
-    for (int chunk = first + early; chunk < last; ++chunk, turn.next()) {
+    for (int chunk = first + early; chunk < last; ++chunk, turn.next(num_stages)) {
       mbar_wait(empty + turn.at * 8, turn.parity);
       load_weights(chunk, turn.at);
       load_input(chunk, turn.at);
@@ -106,7 +107,7 @@ extern "C" __global__ __launch_bounds__((COMPUTE + 1) * 32, 1) void stream_k(con
     auto release = [&]() {
       if (lane == 0) mbar_arrive(empty + before * 8);
     };
-    for (; chunk < end; ++chunk, turn.next()) {
+    for (; chunk < end; ++chunk, turn.next(num_stages)) {
       mbar_wait(full + turn.at * 8, turn.parity);
       const u32 stage = data + turn.at * STAGE;
       const u64 x = matrix(stage + WEIGHT_BYTES);
