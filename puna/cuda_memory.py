@@ -99,7 +99,7 @@ def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
         "fused_part": (FLOAT32, split),
         "fused_next": (DTYPES[config.dtype], (rows, s.hidden)),
         "fused_sums": (FLOAT32, (MAX_MULTIPROCESSORS, rows)),
-        "fused_fresh": (INT32, (all_heads, s.head_dim // 2, 2)),
+        "fused_fresh": (INT32, (rows, all_heads, s.head_dim // 2, 2)),
         "fused_split_count": (INT32, (s.num_kv_heads,)),
         "fused_best": (FLOAT32, (MAX_MULTIPROCESSORS, rows, 2)),
         "fused_epoch": (INT32, (4,)),

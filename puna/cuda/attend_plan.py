@@ -36,9 +36,8 @@ def max_seqs(config: EngineConfig) -> int:
 def attend_shared_bytes(group: int, head_dim: int, seqs: int) -> int:
     """Rings and their barriers, what warps leave each other, and a table of the sequences."""
     pieces = (NUM_WARPS - 1) * piece_numbers(group, head_dim) * 4
-    barriers = NUM_WARPS * _num_stages(head_dim) * 8
-    bounds = (NUM_WARPS + 1) * 4 * 4
-    return NUM_WARPS * _RING_BYTES + pieces + barriers + bounds + (seqs + 3) * 4
+    barriers = NUM_WARPS * (_num_stages(head_dim) + 1) * 8
+    return NUM_WARPS * _RING_BYTES + pieces + barriers + (seqs + 3) * 4
 
 
 def room_beside(group: int, head_dim: int) -> int:
@@ -61,7 +60,7 @@ def piece_numbers(group: int, head_dim: int) -> int:
 def attend_pieces(config: EngineConfig, num_ctas: int) -> tuple[int, ...]:
     """Shape of the parts of tasks that CTAs leave each other."""
     group, head_dim, _ = _sizes(config)
-    return num_ctas, 3, piece_numbers(group, head_dim)
+    return num_ctas, 2, piece_numbers(group, head_dim)
 
 
 def attend_defines(config: EngineConfig) -> dict[str, int]:

@@ -131,8 +131,11 @@ class Driver:
         assert module.value is not None
         return module.value
 
-    def function(self, module: int, entry: str, num_threads: int, shared_bytes: int) -> Function:
-        """An entry of a module, allowed to have `shared_bytes` of dynamic shared memory."""
+    def function(
+        self, module: int, entry: str, num_threads: int, shared_bytes: int, most_shared: int
+    ) -> Function:
+        """An entry of a module, to be launched with `shared_bytes` of dynamic shared memory;
+        `most_shared`: with which it is ever launched."""
         handle = ctypes.c_void_p()
         result = self._cuda.cuModuleGetFunction(
             ctypes.byref(handle), ctypes.c_void_p(module), entry.encode()
@@ -141,11 +144,11 @@ class Driver:
         # As much shared memory as there is, for all alike: kernels that divide a multiprocessor
         # differently cannot be on it at the same time, and so could not overlap.
         attributes = [(_SHARED_CARVEOUT, 100)]
-        if shared_bytes > _DEFAULT_SHARED:
-            attributes.append((_MAX_DYNAMIC_SHARED, shared_bytes))
+        if most_shared > _DEFAULT_SHARED:
+            attributes.append((_MAX_DYNAMIC_SHARED, most_shared))
         for attribute, value in attributes:
             result = self._cuda.cuFuncSetAttribute(handle, attribute, ctypes.c_int(value))
-            self._check(result, f"kernel {entry} wants {shared_bytes} bytes of shared memory")
+            self._check(result, f"kernel {entry} wants {most_shared} bytes of shared memory")
         assert handle.value is not None
         return Function(handle.value, num_threads, shared_bytes)
 

@@ -16,7 +16,7 @@ from typing import Any
 from puna.batch import ForwardBatch
 from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused import FusedDecode
+from puna.cuda.fused import MAX_LAYERS, FusedDecode
 from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
@@ -60,6 +60,7 @@ class FewDecode:
         self._num_ctas = num_ctas // CLUSTER * CLUSTER
         self._maps = FusedMaps(shapes, driver)
         self._held: _AddToStream | None = None
+        self._num_layers = 0  # recorded so far; neighbours in a step have different numbers
 
     def qkv(
         self,
@@ -73,6 +74,7 @@ class FewDecode:
         q_TQ: Tensor,
     ) -> None:
         is_finished = self._normalise(x, norm)
+        self._num_layers = (self._num_layers + 1) % MAX_LAYERS
         self._launch(
             "qkv",
             len(q_TQ),
@@ -87,8 +89,10 @@ class FewDecode:
             batch.slots_T,
             cache.keys_NKEP,
             cache.values_NKPE,
-            q_TQ,
+            self._arrays["fused_fresh"],
+            self._arrays["fused_epoch"],
             len(q_TQ),
+            self._num_layers,
         )
 
     def attention(
@@ -101,7 +105,7 @@ class FewDecode:
         x: Stream,
     ) -> None:
         attended_TQ = self._arrays["attended_TQ"][: len(q_TQ)]
-        self._attend.attend(q_TQ, batch, cache, attended_TQ, True)
+        self._attend.attend_fresh(batch, cache, attended_TQ, self._num_layers)
         self._held = _AddToStream("out", attended_TQ, weight_NK, bias_N, x.residual_TD)
 
     def gate_up(
@@ -137,6 +141,7 @@ class FewDecode:
             arrays["fused_next"],
             logits_LV,
             arrays["fused_best"],
+            arrays["fused_epoch"],
             num_rows,
         )
 

@@ -56,6 +56,10 @@ class Library:
         table = json.loads(files[KERNELS_FILE])
         self.target: str = table["target"]
         modules: dict[str, int] = {}
+        most_shared: dict[tuple[str, str], int] = {}
+        for entry in table["kernels"].values():
+            key = entry["file"], entry["entry"]
+            most_shared[key] = max(entry["shared"], most_shared.get(key, 0))
         self._kernels: dict[str, _Kernel] = {}
         for name, entry in table["kernels"].items():
             file = entry["file"]
@@ -63,7 +67,13 @@ class Library:
                 modules[file] = driver.load(files[file], f"{KERNELS_DIR}/{file}")
             num_threads = entry["num_warps"] * 32
             self._kernels[name] = _Kernel(
-                driver.function(modules[file], entry["entry"], num_threads, entry["shared"]),
+                driver.function(
+                    modules[file],
+                    entry["entry"],
+                    num_threads,
+                    entry["shared"],
+                    most_shared[file, entry["entry"]],
+                ),
                 tuple((argument, kind) for argument, kind in entry["arguments"]),
                 entry["null_arguments"],
                 entry["constants"],

@@ -96,22 +96,32 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
 
 def _attend_source(config: EngineConfig) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
-    arguments = (
-        ("q", dtype),
-        ("keys", dtype),
-        ("values", dtype),
-        ("key_map", "map"),
-        ("value_map", "map"),
-        *_integers("slots", "seq_lens", "block_table"),
+    cache = (("keys", dtype), ("values", dtype), ("key_map", "map"), ("value_map", "map"))
+    batch = (
+        *_integers("seq_lens", "block_table"),
         ("attended", dtype),
         ("pieces", "*fp32"),
         *_integers("counts"),
         ("table_stride", "i32"),
         ("num_seqs", "i32"),
     )
-    kernel = CudaKernel("attend", "attend", arguments, ATTEND_WARPS, attend_shared(config), True)
+    variants = {
+        "attend": (("q", dtype), *cache, *_integers("slots"), *batch),
+        "attend_fresh": (
+            *_integers("fresh"),
+            *cache,
+            *_integers("epoch"),
+            *batch,
+            ("layer", "i32"),
+            *_integers("error"),
+        ),
+    }
+    kernels = tuple(
+        CudaKernel(name, name, arguments, ATTEND_WARPS, attend_shared(config), True)
+        for name, arguments in variants.items()
+    )
     defines = tuple(attend_defines(config).items())
-    return CudaSource("attend", "attend_sm90.cu", defines, (kernel,))
+    return CudaSource("attend", "attend_sm90.cu", defines, kernels)
 
 
 def _stream_k_source(config: EngineConfig, tokens: int) -> CudaSource:
@@ -194,8 +204,9 @@ def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
             *_integers("positions", "slots"),
             ("keys", dtype),
             ("values", dtype),
-            ("y", dtype),
+            *_integers("fresh", "epoch"),
             *_COUNT,
+            ("layer", "i32"),
         ),
         "out": adds,
         "gate_up": (*normed, ("y", dtype), *_COUNT),
@@ -205,6 +216,7 @@ def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
             ("x", dtype),
             ("logits", "*fp32"),
             ("best", "*fp32"),
+            *_integers("epoch"),
             *_COUNT,
         ),
     }

@@ -288,6 +288,7 @@ inline void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar
     b->receive(box[0] * box[1] * box[2] * 2);
   });
 }
+inline void box_prefetch(const TensorMap&, int, int, int) {}
 inline void bulk_prefetch(const void*, u32) {}
 inline void async_fence() {}
 inline uint4 lds128(u32 addr) { return *reinterpret_cast<uint4*>(at(addr)); }

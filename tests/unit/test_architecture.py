@@ -67,7 +67,7 @@ RUN = [
         "cuda.graphs",
         "cuda.library",
     ),
-    ("cuda.products",),
+    ("cuda.products", "cuda.attend"),
     ("cuda.maps", "cuda.launches"),
     ("ops", "cuda.choices", "cuda.interfaces", "cuda.hash32"),
 ]
@@ -97,6 +97,7 @@ RUN_ONLY += (
     "cuda.fused",
     "cuda.stream_k",
     "cuda.swiglu",
+    "cuda.attend",
     "cuda.products",
     "cuda.launches",
     "cuda.maps",

@@ -153,12 +153,12 @@ def test_launches_fit_the_kernels(num_tokens: int, variant: int, dtype: Any) -> 
     if num_tokens > 1:
         layer, head = ["enter", "qkv", "attend", *layer[1:], "enter"], head
     found = [f"{name}_{variant}" for name in (*layer, head, "pick")]
-    assert names == ["attend" if name.startswith("attend") else name for name in found]
+    assert names == ["attend_fresh" if name.startswith("attend") else name for name in found]
     num_ctas = 133 if num_tokens == 1 else 132  # pairs of them share tiles
     sizes = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*i32": 4}
     for name, grid, arguments, overlaps in launches.launched:
         is_by_row = name.startswith(("pick", "enter"))
-        of_all = 133 if name == "attend" else num_ctas
+        of_all = 133 if name == "attend_fresh" else num_ctas
         assert overlaps and grid == (num_tokens if is_by_row else of_all, 1, 1)
         for value, (argument, kind) in zip(arguments, table[name].arguments, strict=True):
             if kind == "map":
@@ -175,13 +175,13 @@ def test_arguments_are_where_the_kernel_looks() -> None:
     arrays = record(config, 3, launches)
     kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
     given: dict[str, Any] = {}
-    for name in ("qkv_8", "attend"):
+    for name in ("qkv_8", "attend_fresh"):
         (arguments,) = (it[2] for it in launches.launched if it[0] == name)
         names = (argument for argument, _ in kernels[name].arguments)
         given |= dict(zip(names, arguments, strict=True))
     assert given["w"].address == arrays["qkv"].data_ptr()
     assert given["block_table"] is arrays["table"] and given["table_stride"] == 9
-    assert given["y"] is given["q"]
+    assert given["fresh"] is arrays["fused_fresh"]
     assert given["attended"].data_ptr() == arrays["attended_TQ"].data_ptr()
     assert given["num_rows"] == given["num_seqs"] == 3
     blocks = 5 * SMALL.num_kv_heads

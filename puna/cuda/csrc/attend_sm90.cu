@@ -11,24 +11,29 @@
 // Defined by who compiles it: BF16, HEADS, KV_HEADS, HEAD_DIM (64, 128), KV_BLOCK, MAX_SEQS, KV_STAGES (of a warp's ring), SHARED:
 // bytes of dynamic shared memory, REGISTERS: most of a thread.
 #include "ring.cuh"
-#include "softmax.cuh"
 
-constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM;
+constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
-constexpr int NW = 4, NT = NW * 32;
-constexpr int PART = HEAD_DIM + 2, PIECE = GROUP * PART;      // numbers: weighted values, largest score and sum of each query
-static_assert(KV_BLOCK % TOKENS == 0 && PIECE * 4 <= KV_STAGES * KV_STAGE, "a stretch lies in a block; a ring has room for a piece");
+#include "fresh.cuh"
+
+constexpr int NW = 4;
+constexpr int PIECE = GROUP * (HEAD_DIM + 2);       // numbers: weighted values, largest score and sum of each query
+static_assert(KV_BLOCK % TOKENS == 0, "a stretch lies in a block");
 using WarpRing = Ring<KV_STAGES, KV_STAGE>;
 
 struct Args {
-  const u16* q;             // [num_seqs, Q_SIZE], rotated
+  const u16* q;             // [num_seqs, Q_SIZE], rotated; or
+  const uint2* fresh;       // [num_seqs, ALL_HEADS, HEAD_DIM / 2]: q, k, v as in fresh.cuh,
+  const int* epoch;         // with a tag of the number of this step
+  int layer;                // and of the layer
+  int* error;
   const u16 *keys, *values; // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
   const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
   const int* slots;         // [num_seqs]: where this step's keys and values are
   const int* seq_lens;      // [num_seqs], this step's token included; 0: no sequence
   const int* block_table;   // [num_seqs, table_stride]
   u16* attended;            // [num_seqs, Q_SIZE]
-  float* pieces;            // [gridDim.x, 3, PIECE]: of the tasks that are cut at a CTA's ends; of the first, its first warp's
+  float* pieces;            // [gridDim.x, 2, PIECE]: of the tasks that are cut at a CTA's ends
   int* counts;              // [gridDim.x]: pieces that are there, of the task that a CTA begins; 0 between launches
   int table_stride, num_seqs;
 };
@@ -113,6 +118,18 @@ struct Requests {
     next.find(deal.before, deal.num_seqs, first);
     look_up(p);
     advance(p, deal);
+#ifndef NO_FAR
+    if (num_next <= 1) return;
+    Requests far = *this;   // also the one behind the next
+    far.advance(p, deal);
+    far.prefetch(p);
+#endif
+  }
+  __device__ __forceinline__ void prefetch(const Args& p) const {
+    if (threadIdx.x % 32) return;
+    const size_t at = (((size_t)block * KV_HEADS + next.kv) * KV_BLOCK + next.at * TOKENS % KV_BLOCK) * HEAD_DIM;
+    bulk_prefetch(p.keys + at, KV_STAGE);
+    bulk_prefetch(p.values + at, KV_STAGE);
   }
   // What was next is to be requested.
   __device__ __forceinline__ void advance(const Args& p, const Deal& deal) {
@@ -132,11 +149,7 @@ struct Requests {
     ring.next_in();
     is_value = !is_value;
     if (is_value) {
-      if (lane == 0 && num_next > 0) {
-        const size_t at = (((size_t)block * KV_HEADS + next.kv) * KV_BLOCK + next.at * TOKENS % KV_BLOCK) * HEAD_DIM;
-        bulk_prefetch(p.keys + at, KV_STAGE);
-        bulk_prefetch(p.values + at, KV_STAGE);
-      }
+      if (num_next > 0) prefetch(p);
       return;
     }
     --left;
@@ -164,117 +177,37 @@ __device__ __forceinline__ void load_newest(Queries& to, const Args& p, int seq,
   to.value = ldcg128(p.values + at);
 }
 
-// Weighted values of a query, of two neighbouring dimensions, from pieces of what it attends to: their largest score and sum.
-struct Sum {
-  float m = -INFINITY_F, l = 0;
-  float2 v = {0, 0};
-  __device__ __forceinline__ void add(float2 value, float largest, float sum) {
-    const float top = fmaxf(m, largest), r = exp2f(m - top), f = exp2f(largest - top);
-    m = top;
-    l = l * r + sum * f;
-    v.x = v.x * r + value.x * f;
-    v.y = v.y * r + value.y * f;
-  }
-  __device__ __forceinline__ void store(u16* attended, int i) const { reinterpret_cast<u32*>(attended)[i] = pack2(v.x / l, v.y / l); }
-};
+// Shared memory: rings | pieces of tasks that the CTA's warps before began | barriers | `before` | two words.
+constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * (KV_STAGES + 1) * 8;
+static_assert(RINGS + PIECES + BARRIERS + (MAX_SEQS + 3) * 4 == SHARED, "shared memory as planned");
 
-// Where a warp's stretches begin, and the task that this cuts: it is from stretch `start` to `end`; none where `end` is 0.
-struct Bound { int at, start, end, task; };
-
-// Shared memory: rings | pieces of tasks that the warps before began, but for the first | barriers | bounds | `before` | two words.
-constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * KV_STAGES * 8;
-constexpr int BOUNDS = (NW + 1) * (int)sizeof(Bound);
-static_assert(RINGS + PIECES + BARRIERS + BOUNDS + (MAX_SEQS + 3) * 4 == SHARED, "shared memory as planned");
-
-// Where a warp leaves its piece of a task: that a warp before began; or its last, so that its ring is free.
-__device__ __forceinline__ float* piece_of(const Args& p, unsigned char* shared, int warp, bool is_begun) {
-  if (!is_begun) return reinterpret_cast<float*>(shared + warp * KV_STAGES * KV_STAGE);
-  if (warp == 0) return p.pieces + (size_t)(blockIdx.x * 3 + 2) * PIECE;
-  return reinterpret_cast<float*>(shared + RINGS) + (warp - 1) * PIECE;
-}
-
-// Adds up the pieces of the tasks that are cut at the CTA's or its warps' bounds.
-__device__ __forceinline__ void add_cut(const Args& p, const Deal& deal, unsigned char* shared, const Bound* bounds, int* word) {
-  const int tid = threadIdx.x, first = bounds[0].at, last = bounds[NW].at;
-  int done = 0;             // up to here
-  for (int j = 0; j <= NW; ++j) {
-    const Bound cut = bounds[j];
-    if (cut.end <= done) continue;
-    done = cut.end;
-    const bool is_begun = cut.start < first, is_whole = !is_begun && cut.end <= last;
-    u16* attended = p.attended + (size_t)cut.task * GROUP * HEAD_DIM;
-    float* of_cta = p.pieces + (size_t)(blockIdx.x * 3 + !is_begun) * PIECE;
-    for (int i = tid; i < GROUP * HEAD_DIM / 2; i += NT) {
-      const int at = i / (HEAD_DIM / 2) * PART, d = i % (HEAD_DIM / 2) * 2;
-      Sum sum;
-#pragma unroll
-      for (int w = 0; w < NW; ++w) {
-        const int from = bounds[w].at;
-        if (max(from, cut.start) >= min(bounds[w + 1].at, cut.end)) continue;
-        const float* piece = piece_of(p, shared, w, from > cut.start) + at;
-        const float2 of_all = *reinterpret_cast<const float2*>(piece + HEAD_DIM);
-        sum.add(*reinterpret_cast<const float2*>(piece + d), of_all.x, of_all.y);
-      }
-      if (is_whole) {
-        sum.store(attended, i);
-      } else {
-        __stcg(reinterpret_cast<float2*>(of_cta + at + d), sum.v);
-        if (d == 0) __stcg(reinterpret_cast<float2*>(of_cta + at + HEAD_DIM), make_float2(sum.m, sum.l));
-      }
-    }
-    if (is_whole) continue;
-    // Whoever comes last adds up what the CTAs have, in order.
-    const int from = deal.cta_of(cut.start), to = deal.cta_of(cut.end - 1);
-    __threadfence();
-    __syncthreads();
-    if (tid == 0) *word = atomicAdd(p.counts + from, 1);
-    __syncthreads();
-    const int num_before = *word;
-    __syncthreads();        // the word is free
-    if (num_before != to - from) continue;
-    __threadfence();
-    for (int i = tid; i < GROUP * HEAD_DIM / 2; i += NT) {
-      const int at = i / (HEAD_DIM / 2) * PART, d = i % (HEAD_DIM / 2) * 2;
-      Sum sum;
-#pragma unroll 4
-      for (int c = from; c <= to; ++c) {
-        const float* piece = p.pieces + (size_t)(c * 3 + (c == from)) * PIECE + at;
-        const float2 of_all = __ldcg(reinterpret_cast<const float2*>(piece + HEAD_DIM));
-        sum.add(__ldcg(reinterpret_cast<const float2*>(piece + d)), of_all.x, of_all.y);
-      }
-      sum.store(attended, i);
-    }
-    if (tid == 0) p.counts[from] = 0;
-  }
-}
-
-extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16* keys, const u16* values, const __grid_constant__ TensorMap key_map,
-                                                       const __grid_constant__ TensorMap value_map, const int* slots, const int* seq_lens,
-                                                       const int* block_table, u16* attended, float* pieces, int* counts, int table_stride,
-                                                       int num_seqs) {
-  const Args p{q, keys, values, &key_map, &value_map, slots, seq_lens, block_table, attended, pieces, counts, table_stride, num_seqs};
+// FRESH: queries, and the key and value that this step adds, come in words with a tag from a kernel that may still run.
+template <bool FRESH>
+__device__ __forceinline__ void run(const Args& p) {
   unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+  float2* pieces = reinterpret_cast<float2*>(shared + RINGS);
   u64* bars = reinterpret_cast<u64*>(shared + RINGS + PIECES);
-  Bound* bounds = reinterpret_cast<Bound*>(bars + NW * KV_STAGES);  // [NW + 1]
-  int* before = reinterpret_cast<int*>(bounds + NW + 1);            // [MAX_SEQS + 1]
+  int* before = reinterpret_cast<int*>(bars + NW * (KV_STAGES + 1));   // [MAX_SEQS + 1]
   int* words = before + MAX_SEQS + 1;
   WarpRing ring{smem32(shared + warp * KV_STAGES * KV_STAGE), smem32(bars + warp * KV_STAGES)};
+  const u32 is_put = smem32(bars + NW * KV_STAGES);      // barriers: a warp's piece is there
 
   launch_dependents();
   if (lane < KV_STAGES) mbar_init(ring.full + lane * 8, 1);
+  if (lane == 0) mbar_init(is_put + warp * 8, 32);
   mbar_init_fence();
   if (warp == 0) {
     int sum = 0, longest = 0, num_present = 0;
-    for (int base = 0; base < num_seqs; base += 32) {
-      const int num = base + lane < num_seqs ? (__ldg(seq_lens + base + lane) + TOKENS - 1) / TOKENS : 0;
+    for (int base = 0; base < p.num_seqs; base += 32) {
+      const int num = base + lane < p.num_seqs ? (__ldg(p.seq_lens + base + lane) + TOKENS - 1) / TOKENS : 0;
       int upto = num;       // of the lanes up to this one
 #pragma unroll
       for (int o = 1; o < 32; o <<= 1) {
         const int other = __shfl_sync(~0u, upto, lane - o & 31);
         if (lane >= o) upto += other;
       }
-      if (base + lane < num_seqs) before[base + lane] = sum + upto - num;
+      if (base + lane < p.num_seqs) before[base + lane] = sum + upto - num;
       sum += __shfl_sync(~0u, upto, 31);
       longest = max(longest, num);
       num_present += num > 0;
@@ -285,14 +218,14 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
       num_present += __shfl_xor_sync(~0u, num_present, o);
     }
     if (lane == 0) {
-      before[num_seqs] = sum;
+      before[p.num_seqs] = sum;
       words[0] = longest;
       words[1] = num_present;
     }
   }
   __syncthreads();
   Deal deal;
-  deal.start(before, num_seqs, words[0], words[1]);
+  deal.start(before, p.num_seqs, words[0], words[1]);
   const int first_of_cta = deal.first_of_cta(blockIdx.x), last_of_cta = deal.first_of_cta(blockIdx.x + 1);
   const int first = deal.first_of_warp(first_of_cta, last_of_cta, warp), last = deal.first_of_warp(first_of_cta, last_of_cta, warp + 1);
 
@@ -305,58 +238,105 @@ extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16
     if (requests.left > 0) requests.request(p, deal, ring, lane, policy);
     else ++room;
   };
-  auto mark = [&](int which, int at, const Stretch& s) {
-    if (lane == 0) bounds[which] = {at, at - s.at, s.at ? at - s.at + s.num : 0, s.seq * KV_HEADS + s.kv};
+  const u32 tag = FRESH ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
+  if (!FRESH) grid_wait();
+
+  auto store = [&](const Softmax& sum, const Stretch& s) {
+    if (g >= GROUP) return;
+    u32* to = reinterpret_cast<u32*>(p.attended + (size_t)s.seq * Q_SIZE + (s.kv * GROUP + g) * HEAD_DIM) + t;
+    const float r = 1 / sum.l;
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 8; ++d) to[d * 4] = pack2(sum.o[d][0] * r, sum.o[d][1] * r);
   };
-  Stretch s{};
-  if (first < deal.all) s.find(before, num_seqs, first);
-  if (!deal.cuts_no_warp) {
-    mark(warp, first, s);
-    if (warp == NW - 1) {
-      Stretch behind{};
-      if (last < deal.all) behind.find(before, num_seqs, last);
-      mark(NW, last, behind);
+  // Of the first of the CTA's warps that have pieces of a task: adds theirs to its own.
+  auto collect = [&](Softmax& sum, const Stretch& s, int start) {
+    const int end = start + s.num;
+    for (int w = warp + 1, from = last; w < NW && from < end; ++w) {
+      const int to = deal.first_of_warp(first_of_cta, last_of_cta, w + 1);
+      if (from < to) {
+        mbar_wait(is_put + w * 8, 0);
+        sum.add(pieces + (w - 1) * (PIECE / 2), GROUP, lane);
+      }
+      from = to;
     }
-  }
-  grid_wait();
+    const bool begins = start >= first_of_cta;
+    if (begins && end <= last_of_cta) return store(sum, s);
+    // Whoever comes last adds up what the CTAs have, in order.
+    float2* all = reinterpret_cast<float2*>(p.pieces);
+    sum.put(all + (size_t)(blockIdx.x * 2 + begins) * (PIECE / 2), GROUP, lane);
+    const int from = deal.cta_of(start), to = deal.cta_of(end - 1);
+    __threadfence();
+    __syncwarp();
+    const int num_before = __shfl_sync(~0u, lane ? 0 : atomicAdd(p.counts + from, 1), 0);
+    if (num_before != to - from) return;
+    __threadfence();
+    Softmax total;
+#pragma unroll 2
+    for (int c = from; c <= to; ++c) total.add(all + (size_t)(c * 2 + (c == from)) * (PIECE / 2), GROUP, lane);
+    store(total, s);
+    if (lane == 0) p.counts[from] = 0;
+  };
 
   int left = last - first;
   if (left > 0) {
-    Queries queries, next_queries;
-    load_queries(next_queries, p, s.seq, s.kv, lane);
-    for (;;) {
-      const int len = __ldg(seq_lens + s.seq), end = min(s.num, s.at + left), begin = s.at;
-      left -= end - begin;
+    Stretch s;
+    s.find(before, p.num_seqs, first);
+    Fresh queries;
+    Queries next_queries;
+    if (!FRESH) load_queries(next_queries, p, s.seq, s.kv, lane);
+    for (int at = first;;) {
+      const int len = __ldg(p.seq_lens + s.seq), end = min(s.num, s.at + left), start = at - s.at;
+      left -= end - s.at;
+      at = start + s.num;
       Stretch next = s;
+      next.at = 0;
+      if (left > 0) next.next_task(before, p.num_seqs);
+      if (FRESH) {
+        queries.poll(p.fresh, p.error, s.seq, s.kv, lane < HEAD_DIM / 8, tag, lane);
+      } else {
 #pragma unroll
-      for (int u = 0; u < HEAD_DIM / 32; ++u)
+        for (int u = 0; u < HEAD_DIM / 32; ++u)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) queries.q[u][j] = next_queries.q[u][j];
-      load_newest(queries, p, s.seq, s.kv, lane);
-      if (left > 0) {       // they come while this task is worked on
-        next.next_task(before, num_seqs);
-        load_queries(next_queries, p, next.seq, next.kv, lane);
+          for (int j = 0; j < 4; ++j) queries.q[u][j] = next_queries.q[u][j];
+        load_newest(queries, p, s.seq, s.kv, lane);
+        if (left > 0) load_queries(next_queries, p, next.seq, next.kv, lane);     // they come while this task is worked on
       }
       Softmax mine;
+      const bool is_whole = s.at == 0 && end == s.num, is_begun = max(start, first_of_cta) < first;
       for (; s.at < end; ++s.at) mine.take(queries, ring, s.at * TOKENS, len, len, lane < HEAD_DIM / 8, lane, refill);
-      if (g < GROUP) {
-        if (end - begin == s.num) {
-          u32* to = reinterpret_cast<u32*>(attended + (size_t)s.seq * Q_SIZE + (s.kv * GROUP + g) * HEAD_DIM) + t;
-          const float r = 1 / mine.l;
-#pragma unroll
-          for (int d = 0; d < HEAD_DIM / 8; ++d) to[d * 4] = pack2(mine.o[d][0] * r, mine.o[d][1] * r);
-        } else {
-          float* to = piece_of(p, shared, warp, begin > 0) + g * PART;
-#pragma unroll
-          for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
-          if (t == 0) *reinterpret_cast<float2*>(to + HEAD_DIM) = make_float2(mine.m, mine.l);
-        }
+      if (is_whole) {
+        store(mine, s);
+      } else if (is_begun) {
+        mine.put(pieces + (warp - 1) * (PIECE / 2), GROUP, lane);
+        mbar_arrive(is_put + warp * 8);
+      } else {
+        collect(mine, s, start);
       }
       if (left <= 0) break;
       s = next;
     }
   }
-  if (deal.cuts_no_warp || first_of_cta == last_of_cta) return;
-  __syncthreads();
-  add_cut(p, deal, shared, bounds, words);
+  if (FRESH) grid_wait();   // the kernel in front has ended when this one has
+}
+
+#define KERNEL(name) extern "C" __global__ __maxnreg__(REGISTERS) void name
+
+KERNEL(attend)(const u16* q, const u16* keys, const u16* values, const __grid_constant__ TensorMap key_map,
+               const __grid_constant__ TensorMap value_map, const int* slots, const int* seq_lens, const int* block_table, u16* attended,
+               float* pieces, int* counts, int table_stride, int num_seqs) {
+  Args p{};
+  p.q = q; p.keys = keys; p.values = values; p.key_map = &key_map; p.value_map = &value_map; p.slots = slots; p.seq_lens = seq_lens;
+  p.block_table = block_table; p.attended = attended; p.pieces = pieces; p.counts = counts; p.table_stride = table_stride;
+  p.num_seqs = num_seqs;
+  run<false>(p);
+}
+
+KERNEL(attend_fresh)(const uint2* fresh, const u16* keys, const u16* values, const __grid_constant__ TensorMap key_map,
+                     const __grid_constant__ TensorMap value_map, const int* epoch, const int* seq_lens, const int* block_table,
+                     u16* attended, float* pieces, int* counts, int table_stride, int num_seqs, int layer, int* error) {
+  Args p{};
+  p.fresh = fresh; p.keys = keys; p.values = values; p.key_map = &key_map; p.value_map = &value_map; p.epoch = epoch;
+  p.seq_lens = seq_lens; p.block_table = block_table; p.attended = attended; p.pieces = pieces; p.counts = counts;
+  p.table_stride = table_stride; p.num_seqs = num_seqs; p.layer = layer; p.error = error;
+  run<true>(p);
 }

@@ -1,12 +1,11 @@
 // Attention of a decode step, at the end of the kernel that computes queries, keys and values: who works on what, which blocks of
 // the cache are requested when, and the softmax over them.
 #pragma once
-#include "softmax.cuh"
 #include "stream.cuh"
+#include "fresh.cuh"
 
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
-constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost signal sets `error` and does not hang
 static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
 
 // A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. Its stretches
@@ -128,49 +127,6 @@ struct CachedTokens {
   }
 };
 
-// The queries of a task's KV head and the key and value that this step adds, all from other CTAs of the launch.
-struct Fresh : Queries {
-  __device__ __forceinline__ void poll(const Args& p, const Task& task, bool has_new, u32 tag, int lane) {
-    constexpr int HALF = HEAD_DIM / 2;
-    const int g = lane >> 2, t = lane & 3;
-    const uint2* from = p.fresh + (size_t)task.seq * ALL_HEADS * HALF;
-    const uint2* queries = from + (task.kv * GROUP + g) * HALF + t * 16 % HALF;
-    const uint2* new_key = from + (HEADS + task.kv) * HALF + lane % (HALF / 8) * 8;
-    const uint2* new_value = new_key + KV_HEADS * HALF;
-    const u32 half = lane < HALF / 8 ? 0x5410 : 0x7632;
-    for (int polls = 0;; ++polls) {
-      u32 wrong = 0;
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        u32 w[8] = {};
-        if (g < GROUP) wrong |= ld_tagged(queries + u * 8, w, tag);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const u32 low = __byte_perm(w[2 * j], w[2 * j + 1], 0x5410), high = __byte_perm(w[2 * j], w[2 * j + 1], 0x7632);
-          if constexpr (HEAD_DIM == 128) {
-            q[u][j] = low;
-            q[u + 2][j] = high;
-          } else {
-            q[u][j] = t < 2 ? low : high;
-          }
-        }
-      }
-      if (has_new) {
-        u32 k[8], v[8];
-        wrong |= ld_tagged(new_key, k, tag) | ld_tagged(new_value, v, tag);
-        auto pair = [&](u32 (&w)[8], int j) { return __byte_perm(w[2 * j], w[2 * j + 1], half); };
-        key = make_uint4(pair(k, 0), pair(k, 1), pair(k, 2), pair(k, 3));
-        value = make_uint4(pair(v, 0), pair(v, 1), pair(v, 2), pair(v, 3));
-      }
-      if (!__any_sync(~0u, wrong != 0)) return;
-      if (polls == SPIN) {
-        if (lane == 0) atomicOr(p.error, 1);
-        return;
-      }
-    }
-  }
-};
-
 // A warp's part of its team's tasks. `merge` [PARTIES][GROUP][HEAD_DIM + 2] is the team's own.
 template <class R, class Refill>
 __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
@@ -182,7 +138,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
     const int parties = min(PARTIES, (task.end - task.start + TOKENS - 1) / TOKENS);     // that have a stretch
     Fresh fresh;
-    if (task.party < parties) fresh.poll(p, task, has_new, tag, lane);
+    if (task.party < parties) fresh.poll(p.fresh, p.error, task.seq, task.kv, has_new, tag, lane);
     team.sync();            // `merge` is free
     for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;

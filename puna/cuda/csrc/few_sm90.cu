@@ -145,7 +145,7 @@ struct Finish {
         }
       }
   }
-  __device__ __forceinline__ void store(const Args& p, const float4 (&sums)[BLOCKS], const float* scales, int tile, int t) {
+  __device__ __forceinline__ void store(const Args& p, const float4 (&sums)[BLOCKS], const float* scales, int tile, int t, u32 tag) {
     const int other = row + PARTNER<MODE>;
     const bool has_bias = MODE == QKV || MODE == OUT ? ATTENTION_BIAS : MODE != HEAD && MLP_BIAS;
     const float2 bias = has_bias ? make_float2(__ldg(p.bias + row), __ldg(p.bias + other)) : make_float2(0, 0);
@@ -164,14 +164,9 @@ struct Finish {
         b += bias.y;
         if (MODE == QKV) {
           const int head = tile / TILES_A_HEAD, d = row % HEAD_DIM;
-          const float2 v = rotated(a, b, rotation[n][j]);
-          if (head >= HEADS) {
-            append(p, v, head, d, __ldg(p.slots + token));
-          } else {
-            u16* to = p.y + (size_t)token * Q_SIZE + head * HEAD_DIM + d;
-            to[0] = pack1(v.x);
-            to[HEAD_DIM / 2] = pack1(v.y);
-          }
+          float2 v = rotated(a, b, rotation[n][j]);
+          if (head >= HEADS) v = append(p, v, head, d, __ldg(p.slots + token));
+          st_tagged(p.fresh + ((size_t)token * ALL_HEADS + head) * (HEAD_DIM / 2) + d, pack2(v.x, v.y), tag);
         } else if (MODE == OUT || MODE == DOWN) {
           a += j ? residual[n].y : residual[n].x;
           b += j ? residual[n].w : residual[n].z;
@@ -269,12 +264,25 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   cluster_arrive();
   // The input comes when the weights have that were requested before it: the last stage waits until it has been requested, unless
   // it has to be there to go on.
-  constexpr int EARLY = Layout::INPUT || STAGES < 3 ? STAGES : 2;
+#ifndef EARLY_GU
+#define EARLY_GU 1
+#endif
+#ifndef EARLY_QKV
+#define EARLY_QKV 1
+#endif
+#ifndef EARLY_DOWN
+#define EARLY_DOWN 3
+#endif
+#ifndef PF_OUT
+#define PF_OUT 1
+#endif
+  constexpr int EARLY = Layout::INPUT ? STAGES : MODE == GATE_UP ? EARLY_GU : MODE == QKV ? EARLY_QKV : MODE == DOWN ? EARLY_DOWN : STAGES;
   int num_asked = 0;
   auto ask = [&](int most) {
     for (; num_asked < most && weights.left; ++num_asked) weights.request(map, ring, lane, policy);
   };
-  ask(EARLY);
+  ask(min(EARLY, STAGES));
+  if (MODE == OUT && PF_OUT) weights.prefetch(map, lane);
   grid_wait();
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
   Scales<K> norm;
@@ -286,6 +294,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   cluster_wait();           // also a barrier of the CTA's threads
   if (SCALED) __syncthreads();
 
+  const u32 tag = MODE == QKV ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
   Finish<MODE> finish;
   finish.start();
   float4 mine[BLOCKS];      // sums of the tile that this warp is to finish
@@ -306,7 +315,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     }
     __syncwarp();
     if (lane == 0) arrive_remotely(remote(taken, peer));
-    finish.store(p, mine, scales, first + awaited, t);
+    finish.store(p, mine, scales, first + awaited, t, tag);
     awaited = -1;
   };
   // Parts of tile i lie in buffer i % NBUF; warp i / 2 % NW of either CTA adds them up: one CTA's sends them, the other's finishes.
@@ -377,16 +386,14 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     for (int begin = first; begin < last; begin += MOST_TILES) {
       if (begin > first) fragments[0].load(p, input, 0, warp, lane, rank);
       float held[MOST_TILES][BLOCKS][4] = {};
-#pragma unroll
-      for (int c = 0; c < Slice<K>::MOST; ++c) {
-        if (!Slice<K>::IS_EVEN && c == weights.num_chunks) break;
-        if (c + 1 < Slice<K>::MOST) fragments[(c + 1) % 2].load(p, input, c + 1, warp, lane, rank);
+#pragma unroll 1            // less to fetch of instructions, which are new to the multiprocessor
+      for (int c = 0; c < weights.num_chunks; ++c) {
+        if (c) fragments[0] = fragments[1];
+        fragments[1].load(p, input, c + 1, warp, lane, rank);
 #pragma unroll
         for (int i = 0; i < MOST_TILES; ++i) {
           if (begin + i >= last) break;
-          float c1[BLOCKS][4] = {};
-          multiply(fragments[c % 2], 0, held[i], c1);
-          add(held[i], c1);
+          multiply(fragments[0], 0, held[i], held[i]);
         }
       }
 #pragma unroll
@@ -409,6 +416,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   }
   if (awaited >= 0) complete();
   if (MODE == OUT || MODE == DOWN || MODE == HEAD) finish.end(p, words, warp, lane);
+  if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
   if (has_sent) mbar_wait(taken, taken_parity);     // no CTA ends while the other may tell it that it took its sums
 }
 
@@ -417,10 +425,11 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(REGISTERS_##name) void name
 
 KERNEL(qkv, QKV, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, const u16* x, const float* sums, int is_finished, const float* cos,
-                         const float* sin, const int* positions, const int* slots, u16* keys, u16* values, u16* y, int num_rows) {
+                         const float* sin, const int* positions, const int* slots, u16* keys, u16* values, uint2* fresh, const int* epoch,
+                         int num_rows, int layer) {
   Args p{};
   p.bias = bias; p.x = x; p.sums = sums; p.is_finished = is_finished; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
-  p.keys = keys; p.values = values; p.y = y; p.num_rows = num_rows;
+  p.keys = keys; p.values = values; p.fresh = fresh; p.epoch = const_cast<int*>(epoch); p.num_rows = num_rows; p.layer = layer;
   run<QKV, HIDDEN>(p, w);
 }
 
@@ -445,9 +454,9 @@ KERNEL(down, DOWN, FFN)(const __grid_constant__ TensorMap w, const float* bias, 
   run<DOWN, FFN>(p, w);
 }
 
-KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, const u16* x, float* logits, float2* best, int num_rows) {
+KERNEL(head, HEAD, HIDDEN)(const __grid_constant__ TensorMap w, const u16* x, float* logits, float2* best, int* epoch, int num_rows) {
   Args p{};
-  p.x = x; p.logits = logits; p.best = best; p.num_rows = num_rows;
+  p.x = x; p.logits = logits; p.best = best; p.epoch = epoch; p.num_rows = num_rows;
   run<HEAD, HIDDEN>(p, w);
 }
 

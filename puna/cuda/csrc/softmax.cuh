@@ -97,4 +97,27 @@ struct Softmax {
     refill();
     ring.next_out();
   }
+  // What was found of some tokens, at `piece` [group (HEAD_DIM / 2 + 1)]: by a warp, of `group` queries.
+  __device__ __forceinline__ void put(float2* piece, int group, int lane) const {
+    const int g = lane >> 2, t = lane & 3;
+    if (g >= group) return;
+#pragma unroll
+    for (int d = 0; d < TILES; ++d) __stcg(piece + (d * group + g) * 4 + t, make_float2(o[d][0], o[d][1]));
+    if (t == 0) __stcg(piece + TILES * group * 4 + g, make_float2(m, l));
+  }
+  // And of others.
+  __device__ __forceinline__ void add(const float2* piece, int group, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    if (g >= group) return;
+    const float2 of_all = __ldcg(piece + TILES * group * 4 + g);
+    const float top = fmaxf(m, of_all.x), mine = exp2f(m - top), other = exp2f(of_all.x - top);
+    m = top;
+    l = l * mine + of_all.y * other;
+#pragma unroll
+    for (int d = 0; d < TILES; ++d) {
+      const float2 v = __ldcg(piece + (d * group + g) * 4 + t);
+      o[d][0] = o[d][0] * mine + v.x * other;
+      o[d][1] = o[d][1] * mine + v.y * other;
+    }
+  }
 };

@@ -17,10 +17,10 @@ struct Args {
   const u16* x;             // [ROWS, K]; of one row where there is no norm before it
   float* h;                 // the residual [ROWS, HIDDEN]
   const float* gamma;       // [HIDDEN]: of one row, of QKV, GATE_UP, HEAD; of more, of OUT and DOWN, of the next norm, or null
-  u16* y;                   // GATE_UP: [ROWS, FFN]; QKV of more rows than one: the queries [ROWS, Q_SIZE]
+  u16* y;                   // GATE_UP: [ROWS, FFN]
   float* logits;            // HEAD: [ROWS, VOCAB]
   float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
-  int* epoch;               // counts steps; HEAD of one row adds 1
+  int* epoch;               // counts steps; HEAD adds 1
   int num_rows;
   const int* rows;          // HEAD of one row: [1] row of h
   // Of more rows than one. A norm's factor is not in its input: round(h gamma SCALE), with the sums of h's squares in `sums`,
@@ -56,10 +56,13 @@ __device__ constexpr int PARTNER = MODE == QKV ? HEAD_DIM / 2 : MODE == GATE_UP 
 // The same tile as a box of the matrix, whose map has these dimensions from the innermost on, in boxes of (CHUNK, TILE / 2, 2) or
 // (CHUNK, TILE, 1): QKV (K, HEAD_DIM / 2, 2 ALL_HEADS), GATE_UP (K, FFN, 2), others (K, Np, 1). A box's rows follow each other.
 template <int MODE>
-__device__ __forceinline__ void load_tile(u32 dst, const TensorMap& map, int tile, int column, u32 bar, u64 policy) {
-  const int y = MODE == QKV ? tile % TILES_A_HEAD * (TILE / 2) : MODE == GATE_UP ? tile * (TILE / 2) : tile * TILE;
-  box_load(dst, map, column, y, MODE == QKV ? tile / TILES_A_HEAD * 2 : 0, bar, policy);
-}
+struct Box {
+  int y, z;
+  __device__ __forceinline__ explicit Box(int tile) {
+    y = MODE == QKV ? tile % TILES_A_HEAD * (TILE / 2) : MODE == GATE_UP ? tile * (TILE / 2) : tile * TILE;
+    z = MODE == QKV ? tile / TILES_A_HEAD * 2 : 0;
+  }
+};
 __device__ constexpr int num_rows_of(int mode) {
   return mode == QKV ? ALL_HEADS * HEAD_DIM : mode == GATE_UP ? 2 * FFN : mode == HEAD ? (VOCAB + TILE - 1) / TILE * TILE : HIDDEN;
 }
@@ -108,10 +111,23 @@ struct Weights {
     if (lane == 0) {
       const u32 bar = ring.full + ring.in * 8;
       mbar_expect(bar, STAGE);
-      load_tile<MODE>(ring.data + ring.in * STAGE, map, tile, column + chunk * (NW * CHUNK), bar, policy);
+      const Box<MODE> box(tile);
+      box_load(ring.data + ring.in * STAGE, map, column + chunk * (NW * CHUNK), box.y, box.z, bar, policy);
     }
     ring.next_in();
     --left;
+    advance();
+  }
+  // All that is left, to the level-2 cache.
+  __device__ __forceinline__ void prefetch(const TensorMap& map, int lane) const {
+    if (lane) return;
+    Weights ahead = *this;
+    for (; ahead.left; --ahead.left, ahead.advance()) {
+      const Box<MODE> box(ahead.tile);
+      box_prefetch(map, ahead.column + ahead.chunk * (NW * CHUNK), box.y, box.z);
+    }
+  }
+  __device__ __forceinline__ void advance() {
     if (++tile < end) return;
     if (++chunk == num_chunks) {
       chunk = 0;
