@@ -169,9 +169,17 @@ inline void Machine::enter() {
 #define gridDim (machine.grid)
 
 // ---- CUDA's functions ------------------------------------------------------------------------------------------------------------
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> void __stcg(T* p, T v) { *p = v; }
+// Of global memory: other addresses are errors.
+template <class T>
+T* global(T* p) {
+  const Cta* cta = machine.self->cta;
+  const auto at = reinterpret_cast<const unsigned char*>(p);
+  if (at >= cta->shared && at < cta->shared + machine.shared) throw std::runtime_error("shared memory is not global");
+  return p;
+}
+template <class T> T __ldg(const T* p) { return *global(p); }
+template <class T> T __ldcg(const T* p) { return *global(p); }
+template <class T> void __stcg(T* p, T v) { *global(p) = v; }
 inline float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }
 inline int __float_as_int(float v) { int i; memcpy(&i, &v, 4); return i; }
 inline float __uint_as_float(u32 v) { return __int_as_float((int)v); }

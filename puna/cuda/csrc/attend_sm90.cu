@@ -255,7 +255,7 @@ __device__ __forceinline__ void run(const Args& p) {
       const int to = deal.first_of_warp(first_of_cta, last_of_cta, w + 1);
       if (from < to) {
         mbar_wait(is_put + w * 8, 0);
-        sum.add(pieces + (w - 1) * (PIECE / 2), GROUP, lane);
+        sum.add<false>(pieces + (w - 1) * (PIECE / 2), GROUP, lane);
       }
       from = to;
     }
@@ -263,7 +263,7 @@ __device__ __forceinline__ void run(const Args& p) {
     if (begins && end <= last_of_cta) return store(sum, s);
     // Whoever comes last adds up what the CTAs have, in order.
     float2* all = reinterpret_cast<float2*>(p.pieces);
-    sum.put(all + (size_t)(blockIdx.x * 2 + begins) * (PIECE / 2), GROUP, lane);
+    sum.put<true>(all + (size_t)(blockIdx.x * 2 + begins) * (PIECE / 2), GROUP, lane);
     const int from = deal.cta_of(start), to = deal.cta_of(end - 1);
     __threadfence();
     __syncwarp();
@@ -272,7 +272,7 @@ __device__ __forceinline__ void run(const Args& p) {
     __threadfence();
     Softmax total;
 #pragma unroll 2
-    for (int c = from; c <= to; ++c) total.add(all + (size_t)(c * 2 + (c == from)) * (PIECE / 2), GROUP, lane);
+    for (int c = from; c <= to; ++c) total.add<true>(all + (size_t)(c * 2 + (c == from)) * (PIECE / 2), GROUP, lane);
     store(total, s);
     if (lane == 0) p.counts[from] = 0;
   };
@@ -307,7 +307,7 @@ __device__ __forceinline__ void run(const Args& p) {
       if (is_whole) {
         store(mine, s);
       } else if (is_begun) {
-        mine.put(pieces + (warp - 1) * (PIECE / 2), GROUP, lane);
+        mine.put<false>(pieces + (warp - 1) * (PIECE / 2), GROUP, lane);
         mbar_arrive(is_put + warp * 8);
       } else {
         collect(mine, s, start);

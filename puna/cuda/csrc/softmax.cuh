@@ -24,6 +24,13 @@ struct Queries {
 struct Softmax {
   static constexpr int UNITS = HEAD_DIM / 32, TILES = HEAD_DIM / 8, EIGHTS = TOKENS / 8;
   float o[TILES][2] = {}, m = -INFINITY_F, l = 0;
+  template <bool GLOBAL>
+  static __device__ __forceinline__ void put_pair(float2* to, float2 v) {
+    if (GLOBAL) __stcg(to, v);
+    else *to = v;
+  }
+  template <bool GLOBAL>
+  static __device__ __forceinline__ float2 pair_at(const float2* from) { return GLOBAL ? __ldcg(from) : *from; }
   // `keys` and `values` lie in the ring; `refill` is called as each has been read.
   template <class R, class Refill>
   __device__ __forceinline__ void take(const Queries& fresh, R& ring, int at, int end, int len, bool has_new, int lane, Refill refill) {
@@ -97,25 +104,27 @@ struct Softmax {
     refill();
     ring.next_out();
   }
-  // What was found of some tokens, at `piece` [group (HEAD_DIM / 2 + 1)]: by a warp, of `group` queries.
+  // What was found of some tokens, at `piece` [group (HEAD_DIM / 2 + 1)]: by a warp, of `group` queries. GLOBAL: for other CTAs.
+  template <bool GLOBAL>
   __device__ __forceinline__ void put(float2* piece, int group, int lane) const {
     const int g = lane >> 2, t = lane & 3;
     if (g >= group) return;
 #pragma unroll
-    for (int d = 0; d < TILES; ++d) __stcg(piece + (d * group + g) * 4 + t, make_float2(o[d][0], o[d][1]));
-    if (t == 0) __stcg(piece + TILES * group * 4 + g, make_float2(m, l));
+    for (int d = 0; d < TILES; ++d) put_pair<GLOBAL>(piece + (d * group + g) * 4 + t, make_float2(o[d][0], o[d][1]));
+    if (t == 0) put_pair<GLOBAL>(piece + TILES * group * 4 + g, make_float2(m, l));
   }
   // And of others.
+  template <bool GLOBAL>
   __device__ __forceinline__ void add(const float2* piece, int group, int lane) {
     const int g = lane >> 2, t = lane & 3;
     if (g >= group) return;
-    const float2 of_all = __ldcg(piece + TILES * group * 4 + g);
+    const float2 of_all = pair_at<GLOBAL>(piece + TILES * group * 4 + g);
     const float top = fmaxf(m, of_all.x), mine = exp2f(m - top), other = exp2f(of_all.x - top);
     m = top;
     l = l * mine + of_all.y * other;
 #pragma unroll
     for (int d = 0; d < TILES; ++d) {
-      const float2 v = __ldcg(piece + (d * group + g) * 4 + t);
+      const float2 v = pair_at<GLOBAL>(piece + (d * group + g) * 4 + t);
       o[d][0] = o[d][0] * mine + v.x * other;
       o[d][1] = o[d][1] * mine + v.y * other;
     }
