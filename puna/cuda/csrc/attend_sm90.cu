@@ -17,6 +17,7 @@ static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product"
 #include "fresh.cuh"
 
 constexpr int NW = 4;
+constexpr int PAUSE = 200;                          // ns between polls, which slow down who is polled (H200, 2026-11-26: 0.5 %)
 constexpr int PIECE = GROUP * (HEAD_DIM + 2);       // numbers: weighted values, largest score and sum of each query
 static_assert(KV_BLOCK % TOKENS == 0, "a stretch lies in a block");
 using WarpRing = Ring<KV_STAGES, KV_STAGE>;
@@ -102,8 +103,8 @@ struct Deal {
   }
 };
 
-// What a warp requests of the cache: keys, then values, of each of its stretches. It looks up one stretch ahead, and fetches that
-// to the level-2 cache.
+// What a warp requests of the cache: keys, then values, of each of its stretches. It looks up one stretch ahead. (To fetch that to
+// the level-2 cache takes the memory's time while it is short, before the queries are there: a step 1 to 2 % slower; H200, 2026-11-26.)
 struct Requests {
   Stretch next;             // behind the one that is requested
   int left, block, num_next, y, z;    // left: of it and those behind; block: next's; y, z: where it lies in the tensor
@@ -118,18 +119,6 @@ struct Requests {
     next.find(deal.before, deal.num_seqs, first);
     look_up(p);
     advance(p, deal);
-#ifndef NO_FAR
-    if (num_next <= 1) return;
-    Requests far = *this;   // also the one behind the next
-    far.advance(p, deal);
-    far.prefetch(p);
-#endif
-  }
-  __device__ __forceinline__ void prefetch(const Args& p) const {
-    if (threadIdx.x % 32) return;
-    const size_t at = (((size_t)block * KV_HEADS + next.kv) * KV_BLOCK + next.at * TOKENS % KV_BLOCK) * HEAD_DIM;
-    bulk_prefetch(p.keys + at, KV_STAGE);
-    bulk_prefetch(p.values + at, KV_STAGE);
   }
   // What was next is to be requested.
   __device__ __forceinline__ void advance(const Args& p, const Deal& deal) {
@@ -148,10 +137,7 @@ struct Requests {
     }
     ring.next_in();
     is_value = !is_value;
-    if (is_value) {
-      if (num_next > 0) prefetch(p);
-      return;
-    }
+    if (is_value) return;
     --left;
     if (left > 0) advance(p, deal);
   }
@@ -292,7 +278,7 @@ __device__ __forceinline__ void run(const Args& p) {
       next.at = 0;
       if (left > 0) next.next_task(before, p.num_seqs);
       if (FRESH) {
-        queries.poll(p.fresh, p.error, s.seq, s.kv, lane < HEAD_DIM / 8, tag, lane);
+        queries.poll<PAUSE>(p.fresh, p.error, s.seq, s.kv, lane < HEAD_DIM / 8, tag, lane);
       } else {
 #pragma unroll
         for (int u = 0; u < HEAD_DIM / 32; ++u)

@@ -28,6 +28,7 @@ __device__ __forceinline__ u32 smem32(const void* p) { return (u32)__cvta_generi
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+__device__ __forceinline__ void nanosleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 // Of some of a CTA's threads. Barrier 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
@@ -65,10 +66,6 @@ __device__ __forceinline__ void box_load(u32 dst, const TensorMap& map, int x, i
       " [%0], [%1, {%2,%3,%4}], [%5], %6;" ::"r"(dst),
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar), "l"(policy)
       : "memory");
-}
-// To the level-2 cache alone.
-__device__ __forceinline__ void box_prefetch(const TensorMap& map, int x, int y, int z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1,%2,%3}];" ::"l"(&map), "r"(x), "r"(y), "r"(z) : "memory");
 }
 __device__ __forceinline__ void bulk_prefetch(const void* src, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");

@@ -56,13 +56,10 @@ __device__ constexpr int PARTNER = MODE == QKV ? HEAD_DIM / 2 : MODE == GATE_UP 
 // The same tile as a box of the matrix, whose map has these dimensions from the innermost on, in boxes of (CHUNK, TILE / 2, 2) or
 // (CHUNK, TILE, 1): QKV (K, HEAD_DIM / 2, 2 ALL_HEADS), GATE_UP (K, FFN, 2), others (K, Np, 1). A box's rows follow each other.
 template <int MODE>
-struct Box {
-  int y, z;
-  __device__ __forceinline__ explicit Box(int tile) {
-    y = MODE == QKV ? tile % TILES_A_HEAD * (TILE / 2) : MODE == GATE_UP ? tile * (TILE / 2) : tile * TILE;
-    z = MODE == QKV ? tile / TILES_A_HEAD * 2 : 0;
-  }
-};
+__device__ __forceinline__ void load_tile(u32 dst, const TensorMap& map, int tile, int column, u32 bar, u64 policy) {
+  const int y = MODE == QKV ? tile % TILES_A_HEAD * (TILE / 2) : MODE == GATE_UP ? tile * (TILE / 2) : tile * TILE;
+  box_load(dst, map, column, y, MODE == QKV ? tile / TILES_A_HEAD * 2 : 0, bar, policy);
+}
 __device__ constexpr int num_rows_of(int mode) {
   return mode == QKV ? ALL_HEADS * HEAD_DIM : mode == GATE_UP ? 2 * FFN : mode == HEAD ? (VOCAB + TILE - 1) / TILE * TILE : HIDDEN;
 }
@@ -111,23 +108,10 @@ struct Weights {
     if (lane == 0) {
       const u32 bar = ring.full + ring.in * 8;
       mbar_expect(bar, STAGE);
-      const Box<MODE> box(tile);
-      box_load(ring.data + ring.in * STAGE, map, column + chunk * (NW * CHUNK), box.y, box.z, bar, policy);
+      load_tile<MODE>(ring.data + ring.in * STAGE, map, tile, column + chunk * (NW * CHUNK), bar, policy);
     }
     ring.next_in();
     --left;
-    advance();
-  }
-  // All that is left, to the level-2 cache.
-  __device__ __forceinline__ void prefetch(const TensorMap& map, int lane) const {
-    if (lane) return;
-    Weights ahead = *this;
-    for (; ahead.left; --ahead.left, ahead.advance()) {
-      const Box<MODE> box(ahead.tile);
-      box_prefetch(map, ahead.column + ahead.chunk * (NW * CHUNK), box.y, box.z);
-    }
-  }
-  __device__ __forceinline__ void advance() {
     if (++tile < end) return;
     if (++chunk == num_chunks) {
       chunk = 0;
