@@ -26,7 +26,7 @@ class Choices:
     overlaps: bool = True
     # 7B, 24, 32, 48 and 64 sequences at context 192: 4.97 (at 128), 5.14, 7.77 and 6.52 ms a step
     # without, 4.42, 4.92, 5.91 and 6.57 with; 8B, 64: 5.55 and 5.77 (H200, 2026-11-26).
-    stream_k_tokens: int = 48
+    stream_k_tokens: int = 64
     # 7B, first of 2,048 tokens: 43.25 to 42.5 ms; of 1,024: 21.1 to 21.25, worse (same machine).
     swiglu_tokens: int | None = 2048
     attend_seqs: int = 64
