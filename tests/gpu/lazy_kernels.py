@@ -33,7 +33,8 @@ class LazyKernels:
         torch.zeros(1, device="cuda")  # a context
         self.config = replace(config, target=local_target())
         self._specs = {kernel.name: kernel for kernel in triton_kernels(self.config)}
-        self._sources = {it.name: it for it in cuda_sources(self.config)}
+        sources = cuda_sources(self.config)
+        self._sources = {it.name: (it, source) for source in sources for it in source.kernels}
         self._driver = Driver()
         self._loaded: dict[str, Library] = {}
 
@@ -41,11 +42,9 @@ class LazyKernels:
         return dict(self._specs[name].constants)[key]
 
     def _compile(self, name: str) -> tuple[bytes, dict[str, Any]]:
-        """Of a source in CUDA C++ the one kernel that has its name."""
-        source = self._sources.get(name)
-        if source is None:
+        if name not in self._sources:
             return _compile_triton(self._specs[name], self.config)
-        (kernel,) = source.kernels
+        kernel, source = self._sources[name]
         return compile_cuda(source, self.config.target), _cuda_entry(kernel, f"{name}.cubin")
 
     def launch(

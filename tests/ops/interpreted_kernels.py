@@ -40,7 +40,8 @@ class InterpretedKernels:
 
     def __init__(self, config: EngineConfig) -> None:
         self._kernels = {kernel.name: kernel for kernel in triton_kernels(config)}
-        self._sources = {source.name: source for source in cuda_sources(config)}
+        sources = cuda_sources(config)
+        self._sources = {it.name: source for source in sources for it in source.kernels}
 
     def constant(self, name: str, key: str) -> Any:
         return dict(self._kernels[name].constants)[key]
