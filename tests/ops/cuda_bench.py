@@ -61,11 +61,12 @@ STREAMED = ModelSpec(1024, 1088, 1, 16, 4, 64, 2500, 1024, attention_bias=True, 
 
 
 def arrays_of(config: EngineConfig, device: str) -> dict[str, torch.Tensor]:
-    """The workspace, full of NaN (integers: -1)."""
+    """The workspace, full of NaN (integers: -1), but for what begins as zeros."""
     made = {}
     for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items():
         kind = {"float32": torch.float32, "int32": torch.int32, **DTYPES}[dtype.name]
         fill = -1 if kind == torch.int32 else float("nan")
+        fill = 0 if name == "attend_counts" else fill
         made[name] = torch.full(shape, fill, dtype=kind, device=device)
     return made
 

@@ -23,12 +23,16 @@ class FakeDriver:
         self.loaded: list[str] = []
         self.launched: list[tuple[Function, Any, int, list[int], bool]] = []
         self.kinds: list[Any] = []
+        self.most_shared = 0
 
     def load(self, cubin: bytes, what: str) -> int:
         self.loaded.append(what)
         return len(self.loaded)
 
-    def function(self, module: int, entry: str, num_threads: int, shared_bytes: int) -> Function:
+    def function(
+        self, module: int, entry: str, num_threads: int, shared_bytes: int, most_shared: int
+    ) -> Function:
+        self.most_shared = most_shared
         return Function(module, num_threads, shared_bytes)
 
     def launch(
@@ -74,6 +78,16 @@ def test_a_launch_hands_over_pointers_numbers_and_nulls() -> None:
     assert function == Function(1, 128, 60000) and grid == (3, 2, 1) and stream == 77
     assert values == [x.data_ptr(), -5, ids.data_ptr(), None, None]
     assert is_programmatic
+
+
+def test_kernels_of_one_function_may_have_different_shared_memory() -> None:
+    """What is allowed is the function's: the most of any of them, whichever is met last."""
+    given = files()
+    table = json.loads(given[KERNELS_FILE])
+    table["kernels"]["twice"] = {**table["kernels"]["twice"], "shared": 50000}
+    driver: Any = FakeDriver()
+    Library({**given, KERNELS_FILE: json.dumps(table).encode()}, driver, lambda: 77)
+    assert driver.most_shared == 60000
 
 
 def test_scalars_of_every_kind_and_addresses() -> None:
