@@ -36,8 +36,7 @@ class Attend:
     def attend(
         self, q_SQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_SQ: Tensor, overlaps: bool
     ) -> None:
-        """Rows of sequences without context are left as they are. `overlaps` as in
-        `Kernels.launch`."""
+        """Zeros for sequences without context. `overlaps` as in `Kernels.launch`."""
         given = q_SQ, *self._of_cache(cache), batch.slots_T, *self._of_batch(batch, out_SQ)
         self._kernels.launch("attend", (self._num_ctas, 1, 1), given, overlaps)
 

@@ -216,8 +216,8 @@ def test_attention_of_a_row_is_alone_where_deterministic(device: TestDevice) -> 
 
 
 def test_real_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
-    limits = {"max_batch_size": 64, "max_seq_len": 4096}
-    bench = Bench(device, LLAMA_3_8B, "bfloat16", **limits, stream_k=False, direct_tokens=64)
+    own = {"stream_k": False, "attends": False, "direct_tokens": 64}
+    bench = Bench(device, LLAMA_3_8B, "bfloat16", max_batch_size=64, max_seq_len=4096, **own)
     check_company(bench, [1 + (i * 613) % 4000 for i in range(64)], (5, 30))
 
 

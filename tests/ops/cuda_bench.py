@@ -86,6 +86,7 @@ class Bench:
         max_seq_len: int = 1024,
         overlaps: bool = True,
         stream_k: bool = True,
+        attends: bool = True,
         direct_tokens: int = DIRECT,
     ) -> None:
         self.config = cuda_config(
@@ -98,7 +99,11 @@ class Bench:
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
         choices = Choices(
-            direct_tokens, overlaps=overlaps, stream_k_tokens=64 * stream_k, swiglu_tokens=150
+            direct_tokens,
+            overlaps=overlaps,
+            stream_k_tokens=64 * stream_k,
+            swiglu_tokens=150,
+            attend_seqs=64 * attends,
         )
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
         self.rng = torch.Generator(self.device).manual_seed(5)

@@ -303,6 +303,9 @@ __device__ __forceinline__ void run(const Args& p) {
     }
   }
   if (FRESH) grid_wait();   // the kernel in front has ended when this one has
+  for (int seq = blockIdx.x; seq < p.num_seqs; seq += gridDim.x)        // zeros for who has no context
+    if (before[seq] == before[seq + 1])
+      for (int i = tid; i < Q_SIZE / 2; i += NW * 32) reinterpret_cast<u32*>(p.attended + (size_t)seq * Q_SIZE)[i] = 0;
 }
 
 #define KERNEL(name) extern "C" __global__ __maxnreg__(REGISTERS) void name
