@@ -24,8 +24,9 @@ class Choices:
     direct_tokens: int = 64
     decode_programs: int = 528
     overlaps: bool = True
-    # 7B, 24, 32, 48 and 64 sequences at context 192: 4.97 (at 128), 5.14, 7.77 and 6.52 ms a step
-    # without, 4.42, 4.92, 5.91 and 6.57 with; 8B, 64: 5.55 and 5.77 (H200, 2026-11-26).
+    # Without these and `attend_seqs`, and with them, ms a step at context 192: 7B, 24, 32 and 64
+    # sequences 5.17, 5.12 and 6.45, and 4.50, 4.78 and 6.02; 8B, 48 and 64 6.78 and 5.57, and 5.18
+    # and 5.45; 1B, 64 1.30, and 1.34 (H200, 2026-11-26).
     stream_k_tokens: int = 64
     # 7B, first of 2,048 tokens: 43.25 to 42.5 ms; of 1,024: 21.1 to 21.25, worse (same machine).
     swiglu_tokens: int | None = 2048

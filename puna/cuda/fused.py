@@ -102,7 +102,6 @@ class FusedDecode:
             self._maps.cache(cache.values_NKPE),
             attended_TQ,
             *(arrays[f"fused_{it}"] for it in ("part", "fresh", "epoch", "split_count", "error")),
-            batch.block_table_SM.shape[1],
             self._num_layers,
         )
         weight, bias = self._maps.weight("out", weight_NK), self._bias(bias_N)

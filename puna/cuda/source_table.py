@@ -169,7 +169,6 @@ def _attention_arguments(dtype: str) -> tuple[tuple[str, str], ...]:
         ("attended", dtype),
         ("part", "*fp32"),
         *_integers("fresh", "epoch", "split_count", "error"),
-        ("table_stride", "i32"),
     )
 
 

@@ -98,5 +98,5 @@ def stream_k_shared_bytes(config: EngineConfig, tokens: int, is_beside: bool) ->
 def stream_k_defines(config: EngineConfig, tokens: int) -> dict[str, int]:
     """Macros of the source. Three of nine warps share a quarter of a multiprocessor's registers
     with one of attention's."""
-    beside = {"TOKENS": tokens, "BF16": int(config.dtype == "bfloat16")}
-    return {**beside, "REGISTERS": (512 - REGISTERS) // 3 // 8 * 8}
+    is_bfloat16, registers = config.dtype == "bfloat16", (512 - REGISTERS) // 3 // 8 * 8
+    return {"TOKENS": tokens, "BF16": int(is_bfloat16), "REGISTERS": registers}

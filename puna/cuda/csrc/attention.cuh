@@ -8,29 +8,22 @@ static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product"
 constexpr int MAX_SPLITS = 16, MIN_SPLIT = 256;
 static_assert(KV_STAGE <= STAGE, "a stage of keys fits");
 
-// A task of attention: a KV head and a part of a sequence's context, whose length depends on the context alone. Its stretches
+// A task of attention: a KV head and a part of the sequence's context, whose length depends on the context alone. Its stretches
 // of TOKENS tokens are dealt to eight parties, each of which sums up alone; what the parties have is then added in order. A task
 // belongs to `width` warps, each of which plays one party or several, one after the other: as many warps as leave no CTA
 // without a task, so the bits do not depend on it.
 struct Task {
-  int id, seq, kv, start, end, party, at, split, num_splits;    // at: the next token of the party's
-  // `lens`: of sequence i in lane i. All lanes of a warp call this together.
-  __device__ __forceinline__ bool find(int num_rows, int lens, int first_party) {
-    int n = id;
-    for (seq = 0; seq < num_rows; ++seq) {
-      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
-      num_splits = (len + part - 1) / part;
-      if (n < num_splits * KV_HEADS) {
-        split = n / KV_HEADS;
-        kv = n % KV_HEADS;
-        start = split * part;
-        end = min(len, start + part);
-        begin(first_party);
-        return true;
-      }
-      n -= num_splits * KV_HEADS;
-    }
-    return false;
+  int id, kv, start, end, party, at, split, num_splits;     // at: the next token of the party's
+  __device__ __forceinline__ bool find(int len, int first_party) {
+    const int part = split_len(len);
+    num_splits = (len + part - 1) / part;
+    if (id >= num_splits * KV_HEADS) return false;
+    split = id / KV_HEADS;
+    kv = id % KV_HEADS;
+    start = split * part;
+    end = min(len, start + part);
+    begin(first_party);
+    return true;
   }
   __device__ __forceinline__ void begin(int which) {
     party = which;
@@ -41,22 +34,18 @@ struct Task {
     while (part * MAX_SPLITS < len) part *= 2;
     return part;
   }
-  static __device__ __forceinline__ int count(int num_rows, int lens) {
-    int n = 0;
-    for (int seq = 0; seq < num_rows; ++seq) {
-      const int len = __shfl_sync(~0u, lens, seq), part = split_len(len);
-      n += (len + part - 1) / part * KV_HEADS;
-    }
-    return n;
+  static __device__ __forceinline__ int count(int len) {
+    const int part = split_len(len);
+    return (len + part - 1) / part * KV_HEADS;
   }
 };
 
 // Who of a CTA's warps works on which task: groups of `width` warps.
 struct Team {
-  int width, group, index, first_id, stride, lens;
-  __device__ __forceinline__ void form(const Args& p, int warp, int lane) {
-    lens = lane < p.num_rows ? __ldg(p.seq_lens + lane) : 0;
-    width = Task::count(p.num_rows, lens) > gridDim.x ? NW / 2 : NW;
+  int width, group, index, first_id, stride, len;           // len: of the context
+  __device__ __forceinline__ void form(const Args& p, int warp) {
+    len = __ldg(p.seq_lens);
+    width = Task::count(len) > gridDim.x ? NW / 2 : NW;
     group = warp / width;
     index = warp % width;
     first_id = blockIdx.x + group * gridDim.x;
@@ -74,14 +63,14 @@ struct CachedTokens {
   bool more = false, is_value = false;
   int base = 0, blocks = 0;   // blocks: of the task's blocks from the base-th on, one a lane
   __device__ __forceinline__ void start(const Args& p, int warp, int lane) {
-    team.form(p, warp, lane);
+    team.form(p, warp);
     task.id = team.first_id;
     find(p, lane);
     prefetch(p, lane);
   }
   __device__ __forceinline__ void find(const Args& p, int lane) {
     for (;; task.id += team.stride) {
-      more = task.find(p.num_rows, team.lens, team.index);
+      more = task.find(team.len, team.index);
       if (!more) return;
       if (task.at < task.end) return load_blocks(p, 0, lane);
     }
@@ -89,7 +78,7 @@ struct CachedTokens {
   __device__ __forceinline__ void load_blocks(const Args& p, int first, int lane) {
     base = first;
     const int at = task.start + (base + lane) * KV_BLOCK;
-    blocks = at < task.end ? __ldg(p.block_table + task.seq * p.table_stride + at / KV_BLOCK) : 0;
+    blocks = at < task.end ? __ldg(p.block_table + at / KV_BLOCK) : 0;
   }
   __device__ __forceinline__ size_t offset(int block, int at) const {
     return (((size_t)block * KV_HEADS + task.kv) * KV_BLOCK + at % KV_BLOCK) * HEAD_DIM;
@@ -132,13 +121,13 @@ template <class R, class Refill>
 __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
   Task task;
-  for (task.id = team.first_id; task.find(p.num_rows, team.lens, team.index); task.id += team.stride) {
-    const int len = __shfl_sync(~0u, team.lens, task.seq);
+  for (task.id = team.first_id; task.find(team.len, team.index); task.id += team.stride) {
+    const int len = team.len;
     const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
     const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
     const int parties = min(PARTIES, (task.end - task.start + TOKENS - 1) / TOKENS);     // that have a stretch
     Fresh fresh;
-    if (task.party < parties) fresh.poll<0>(p.fresh, p.error, task.seq, task.kv, has_new, tag, lane);
+    if (task.party < parties) fresh.poll<0>(p.fresh, p.error, 0, task.kv, has_new, tag, lane);
     team.sync();            // `merge` is free
     for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;
@@ -154,9 +143,8 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     team.sync();
     // A thread has two dimensions of a head.
     constexpr int PAIRS = HEAD_DIM / 2, PART = HEAD_DIM + 2;
-    const size_t seq_head = (size_t)task.seq * KV_HEADS + task.kv;
-    float* part = p.part + seq_head * MAX_SPLITS * GROUP * PART;
-    u32* attended = reinterpret_cast<u32*>(p.attended + (size_t)task.seq * Q_SIZE + task.kv * GROUP * HEAD_DIM);
+    float* part = p.part + task.kv * (MAX_SPLITS * GROUP * PART);
+    u32* attended = reinterpret_cast<u32*>(p.attended + task.kv * GROUP * HEAD_DIM);
     for (int i = tid; i < GROUP * PAIRS; i += num_threads) {
       const int h = i / PAIRS, d = i % PAIRS * 2;
       float m = -INFINITY_F, sum = 0;
@@ -186,7 +174,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     // Whoever comes last adds up all parts, in order.
     __threadfence();
     team.sync();
-    if (tid == 0) *word = atomicAdd(p.split_count + seq_head, 1);
+    if (tid == 0) *word = atomicAdd(p.split_count + task.kv, 1);
     team.sync();
     if (*word != task.num_splits - 1) continue;
     __threadfence();
@@ -212,7 +200,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
       }
       attended[i] = pack2(v.x / sum, v.y / sum);
     }
-    if (tid == 0) p.split_count[seq_head] = 0;
+    if (tid == 0) p.split_count[task.kv] = 0;
   }
 }
 

@@ -194,13 +194,13 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
 
 KERNEL(qkv, QKV, HIDDEN)(const __grid_constant__ TensorMap w, const float* bias, float* h, const float* gamma, const float* cos, const float* sin,
                          const int* positions, const int* slots, const int* seq_lens, const int* block_table, u16* keys, u16* values,
-                         const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error, int table_stride,
+                         const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, u16* attended, float* part, uint2* fresh, int* epoch, int* split_count, int* error,
                          int layer) {
   Args p{};
   p.bias = bias; p.h = h; p.gamma = gamma; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots;
   p.seq_lens = seq_lens; p.block_table = block_table; p.keys = keys; p.values = values; p.attended = attended; p.part = part;
-  p.key_map = &key_map; p.value_map = &value_map; p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error; p.table_stride = table_stride;
-  p.num_rows = 1; p.layer = layer;
+  p.key_map = &key_map; p.value_map = &value_map; p.fresh = fresh; p.epoch = epoch; p.split_count = split_count; p.error = error;
+  p.layer = layer;
   run<QKV, HIDDEN>(p, w);
 }
 

@@ -30,7 +30,7 @@ constexpr float SCALE = BF16 ? 1.f : 1 / 16.f;
 template <int MODE>
 __device__ constexpr bool BY_CHUNK = MODE == DOWN;
 __device__ constexpr int units_in_registers(int mode) {
-  return mode == QKV ? UNITS_qkv : mode == OUT ? UNITS_out : mode == GATE_UP ? UNITS_gate_up : mode == DOWN ? CHUNK / UNIT : UNITS_head;
+  return mode == QKV ? UNITS_qkv : mode == OUT ? UNITS_out : mode == GATE_UP ? UNITS_gate_up : mode == DOWN ? UNITS_down : UNITS_head;
 }
 
 // Shared memory of a kernel: rings, input, parts of tiles, sums from the other CTA, barriers, words.

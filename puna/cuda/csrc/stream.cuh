@@ -34,14 +34,14 @@ struct Args {
   const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
   const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
   const int *positions, *slots;     // [ROWS]
-  const int* seq_lens;      // [ROWS]; 0: no sequence
-  const int* block_table;   // [ROWS, table_stride]
-  u16* attended;            // [ROWS, Q_SIZE]
-  float* part;              // [ROWS, KV_HEADS, MAX_SPLITS, GROUP, HEAD_DIM + 2]
+  const int* seq_lens;      // [1]; 0: no sequence
+  const int* block_table;   // of it
+  u16* attended;            // [Q_SIZE]
+  float* part;              // [KV_HEADS, MAX_SPLITS, GROUP, HEAD_DIM + 2]
   uint2* fresh;             // [ROWS, ALL_HEADS, HEAD_DIM / 2]: a number of either half of a head, and a tag
-  int* split_count;         // [ROWS, KV_HEADS]; 0 between launches
+  int* split_count;         // [KV_HEADS]; 0 between launches
   int* error;
-  int table_stride, layer;
+  int layer;
 };
 
 // A tile is pairs of rows of weights that one lane finishes; the first row of pair i, and its partner.
