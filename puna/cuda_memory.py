@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from puna.cuda.attend_plan import attend_pieces, has_attend
-from puna.cuda.fused_plan import MAX_SPLITS, fused_rows, fused_shapes
+from puna.cuda.fused_plan import MAX_SPLITS, fused_rows
 from puna.cuda.gemm_shapes import num_splits
+from puna.cuda.shapes import fused_shapes
 from puna.cuda.stream_k_plan import part_numbers
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec

@@ -17,10 +17,11 @@ from puna.batch import ForwardBatch
 from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused import MAX_LAYERS, FusedDecode
-from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, FusedShapes, fused_rows, fused_shapes
+from puna.cuda.fused_plan import CLUSTER, FUSED_ROWS, fused_rows
 from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
 from puna.cuda.maps import FusedMaps
+from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused_plan import FusedShapes
 from puna.cuda.library import Library
 from puna.cuda.maps import FusedMaps
+from puna.cuda.shapes import FusedShapes
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
 Tensor = Any

@@ -8,11 +8,9 @@ are compiled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from puna.cuda.attend_plan import MAX_SHARED, REGISTERS_BESIDE, room_beside
+from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
-from puna.weights import extent
 
 # Kernels are compiled for up to so many tokens.
 FUSED_ROWS = (1, 8, 16)
@@ -25,40 +23,6 @@ _WARPS, _CHUNK = 8, 256
 _STAGE_BYTES = TILE * _CHUNK * 2
 # Most 16-byte pieces of the input that a lane keeps in registers, and how many it should.
 _MOST_PIECES, _USUAL_PIECES = 48, 32
-
-
-@dataclass(frozen=True)
-class FusedShapes:
-    """Sizes of rank 0: hidden, heads, KV heads, head_dim, ffn."""
-
-    hidden: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn: int
-
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    def num_cols(self, kernel: str) -> int:
-        """Columns of the kernel's matrix."""
-        return {"out": self.q_size, "down": self.ffn}.get(kernel, self.hidden)
-
-
-def fused_shapes(config: EngineConfig) -> FusedShapes:
-    spec, mapping = config.spec, config.mapping(0)
-    return FusedShapes(
-        hidden=spec.hidden_size,
-        num_heads=extent("heads", spec.q_size, spec, mapping).size // spec.head_dim,
-        num_kv_heads=extent("kv_heads", spec.kv_size, spec, mapping).size // spec.head_dim,
-        head_dim=spec.head_dim,
-        ffn=extent("ffn", spec.intermediate_size, spec, mapping, config.ffn_multiple).size,
-    )
 
 
 def fused_rows(config: EngineConfig) -> tuple[int, ...]:
@@ -92,7 +56,7 @@ def num_stages(s: FusedShapes, kernel: str, rows: int) -> int:
 def _room(s: FusedShapes, kernel: str, rows: int) -> int:
     """What a kernel may have of shared memory: attention of several tokens is resident beside the
     products in front of it and behind it."""
-    return room_beside(s.group, s.head_dim) if rows > 1 and kernel in ("qkv", "out") else MAX_SHARED
+    return room_beside(s) if rows > 1 and kernel in ("qkv", "out") else MAX_SHARED
 
 
 def shared_bytes(s: FusedShapes, kernel: str, rows: int) -> int:

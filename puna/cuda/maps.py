@@ -6,7 +6,8 @@ from typing import Any
 
 from puna.cuda.attend_plan import CACHE_BOX
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused_plan import FusedShapes, weight_box
+from puna.cuda.fused_plan import weight_box
+from puna.cuda.shapes import FusedShapes
 
 Tensor = Any
 Box = tuple[int, int, int]

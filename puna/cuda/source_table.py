@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from puna.cuda.attend_plan import NUM_WARPS as ATTEND_WARPS
-from puna.cuda.attend_plan import attend_defines, attend_shared, has_attend
-from puna.cuda.fused_plan import fused_defines, fused_rows, fused_shapes, shared_bytes
+from puna.cuda.attend_plan import attend_defines, attend_shared_bytes, has_attend, max_seqs
+from puna.cuda.fused_plan import fused_defines, fused_rows, shared_bytes
 from puna.cuda.kernel_table import Constant
+from puna.cuda.shapes import fused_shapes
 from puna.cuda.stream_k_plan import NUM_WARPS as STREAM_K_WARPS
 from puna.cuda.stream_k_plan import (
     TOKENS,
@@ -116,8 +117,9 @@ def _attend_source(config: EngineConfig) -> CudaSource:
             *_integers("error"),
         ),
     }
+    shared = attend_shared_bytes(fused_shapes(config), max_seqs(config))
     kernels = tuple(
-        CudaKernel(name, name, arguments, ATTEND_WARPS, attend_shared(config), True)
+        CudaKernel(name, name, arguments, ATTEND_WARPS, shared, True)
         for name, arguments in variants.items()
     )
     defines = tuple(attend_defines(config).items())

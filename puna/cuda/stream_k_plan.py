@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from puna.cuda.attend_plan import MAX_SHARED, REGISTERS, has_attend, room_beside_attend
+from puna.cuda.attend_plan import MAX_SHARED, REGISTERS, has_attend, room_beside
+from puna.cuda.shapes import fused_shapes
 from puna.engine import EngineConfig
 from puna.weights import extent
 
@@ -90,7 +91,7 @@ def part_numbers(config: EngineConfig) -> int:
 def stream_k_shared_bytes(config: EngineConfig, tokens: int, is_beside: bool) -> int:
     """Of the ring and its barriers: as many stages as there is room for; beside attention, where
     the engine has such a kernel."""
-    room = room_beside_attend(config) if is_beside and has_attend(config) else MAX_SHARED
+    room = room_beside(fused_shapes(config)) if is_beside and has_attend(config) else MAX_SHARED
     stage = (BLOCK_ROWS + tokens) * CHUNK_COLS * 2 + 16
     return room // stage * stage
 

@@ -13,16 +13,16 @@ from cuda_configs import cuda_config
 
 from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
-from puna.cuda.attend_plan import CACHE_BOX
+from puna.cuda.attend_plan import CACHE_BOX, NUM_WARPS, REGISTERS
 from puna.cuda.driver import TensorMap
 from puna.cuda.few import fused_ops
 from puna.cuda.fused_plan import (
     fused_rows,
-    fused_shapes,
     num_stages,
     shared_bytes,
     weight_box,
 )
+from puna.cuda.shapes import fused_shapes
 from puna.cuda.source_table import cuda_sources
 from puna.cuda_memory import cuda_specs, padded_rows
 from puna.engine import EngineConfig
@@ -60,6 +60,27 @@ def test_one_block_of_threads_fits_on_a_multiprocessor(preset: str) -> None:
             num_bytes = shared_bytes(fused_shapes(config), kernel, rows)
             assert 114 * 1024 < num_bytes + 1024 <= 228 * 1024, (kernel, rows, num_bytes)
             assert num_stages(fused_shapes(config), kernel, rows) >= 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_attention_fits_beside_the_products_around_it(preset: str) -> None:
+    """On a multiprocessor: shared memory, of which each block takes another KB, and of each of its
+    quarters the registers, 512 a lane. Without room it would begin late, and say nothing."""
+    config = cuda_config(parse_preset(preset), max_batch_size=64)
+    sources = {source.name: source for source in cuda_sources(config)}
+    kernels = {it.name: it for source in sources.values() for it in source.kernels}
+    own = kernels["attend"].shared + 1024
+    for name in ("qkv_8", "out_8", "qkv_16", "out_16", "stream_k_32_beside", "stream_k_64_beside"):
+        assert kernels[name].shared + 1024 + own <= 228 * 1024, name
+    assert NUM_WARPS == 4, "one in each quarter"
+    for name, kernel, num_warps in (
+        ("decode_8", "_qkv", 2),
+        ("decode_8", "_out", 2),
+        ("stream_k_32", "", 3),
+        ("stream_k_64", "", 3),
+    ):
+        registers = dict(sources[name].defines)[f"REGISTERS{kernel}"]
+        assert int(registers) * num_warps + REGISTERS <= 512, name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
