@@ -16,6 +16,7 @@ from puna.cuda.fused_plan import MAX_SPLITS, fused_rows
 from puna.cuda.gemm_shapes import num_splits
 from puna.cuda.shapes import fused_shapes
 from puna.cuda.stream_k_plan import part_numbers
+from puna.cuda.wide_plan import TOKENS, has_wide
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -91,6 +92,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
 def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
     """Scratch of the fused kernels, where the engine has them; all of it begins as zeros."""
     rows = max(fused_rows(config), default=0)
+    rows = TOKENS if has_wide(config) else rows
     if not rows:
         return {}
     s = fused_shapes(config)

@@ -22,6 +22,8 @@ from puna.cuda.interfaces import FusedOps
 from puna.cuda.library import Library
 from puna.cuda.maps import FusedMaps
 from puna.cuda.shapes import FusedShapes, fused_shapes
+from puna.cuda.wide import WideDecode
+from puna.cuda.wide_plan import TOKENS, has_wide
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -209,6 +211,9 @@ def fused_ops(
             found.append((rows, FusedDecode(*given)))
         elif rows == fused_rows(config)[-1]:
             found.append((rows, FewDecode(*given, Attend(library, driver, arrays, num_ctas))))
+    if has_wide(config):
+        given = library, driver, arrays, num_ctas
+        found.append((TOKENS, WideDecode(config, *given, Attend(*given))))
     return tuple(found)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from puna.cuda.attend_plan import CACHE_BOX
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused_plan import weight_box
-from puna.cuda.shapes import FusedShapes
+from puna.cuda.shapes import FusedShapes, fused_shapes
+from puna.cuda.wide_plan import COLUMNS, cut
+from puna.engine import EngineConfig
 
 Tensor = Any
 Box = tuple[int, int, int]
@@ -46,3 +48,24 @@ class FusedMaps(CacheMaps):
 
     def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
         return self.get(weight_NK, *weight_box(self._shapes, kernel, len(weight_NK)))
+
+
+class WideMaps(TensorMaps):
+    """Of weights and inputs, as the products of several tokens copy them."""
+
+    def __init__(self, config: EngineConfig, driver: Driver) -> None:
+        super().__init__(driver)
+        self._shapes, self._vocab_size = fused_shapes(config), config.spec.vocab_size
+
+    def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
+        shapes, (num_rows, num_cols) = self._shapes, weight_NK.shape
+        rows = {"qkv": shapes.head_dim // 2, "gate_up": shapes.ffn}.get(kernel, num_rows)
+        dims = num_cols, rows, num_rows // rows
+        box = cut(shapes, self._vocab_size, kernel).box
+        return self.get(weight_NK, dims, box, is_swizzled=True)
+
+    def input(self, x_TK: Tensor) -> TensorMap:
+        """Rows beyond those of the array are zeros."""
+        num_tokens, num_cols = x_TK.shape
+        box = COLUMNS, -(-num_tokens // 8) * 8, 1
+        return self.get(x_TK, (num_cols, num_tokens, 1), box, is_swizzled=True)

@@ -22,6 +22,9 @@ from puna.cuda.stream_k_plan import (
 )
 from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
 from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
+from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
+from puna.cuda.wide_plan import TOKENS as WIDE_TOKENS
+from puna.cuda.wide_plan import has_wide, wide_defines, wide_shared_bytes
 from puna.engine import EngineConfig
 
 
@@ -54,6 +57,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     return (
         _BANDWIDTH,
         *(_fused_source(config, rows) for rows in fused_rows(config)),
+        *([_wide_source(config)] if has_wide(config) else []),
         *([_attend_source(config)] if has_attend(config) else []),
         *(_stream_k_source(config, it) for it in tokens),
         *([_swiglu_source(config)] if has_swiglu(config) else []),
@@ -93,6 +97,28 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"
     defines = tuple(fused_defines(config, rows).items())
     return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
+
+
+def _wide_source(config: EngineConfig) -> CudaSource:
+    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    kernels = []
+    for name, arguments in _wide_arguments(dtype).items():
+        given = ("w", "map"), ("x", "map"), *arguments
+        shared = wide_shared_bytes(config, name)
+        kernels.append(CudaKernel(f"{name}_{WIDE_TOKENS}", name, given, WIDE_WARPS, shared, True))
+    kernels += _around(dtype, WIDE_TOKENS)
+    defines = tuple(wide_defines(config).items())
+    return CudaSource("wide", "wide_sm90.cu", defines, tuple(kernels))
+
+
+def _around(dtype: str, rows: int) -> list[CudaKernel]:
+    """Kernels in front of and behind those for several tokens."""
+    enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
+    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
+    return [
+        CudaKernel(f"enter_{rows}", "enter", enter, 8, 8 * 4, True),
+        CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True),
+    ]
 
 
 def _attend_source(config: EngineConfig) -> CudaSource:
@@ -220,4 +246,20 @@ def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
             *_integers("epoch"),
             *_COUNT,
         ),
+    }
+
+
+def _wide_arguments(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Behind the maps of weights and input."""
+    bias = (("bias", "*fp32"),)
+    normed = (*bias, ("sums", "*fp32"), ("is_finished", "i32"))
+    adds = (*bias, ("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype), ("new_sums", "*fp32"))
+    rope = (("cos", "*fp32"), ("sin", "*fp32"), *_integers("positions", "slots"))
+    written = (("q", dtype), ("keys", dtype), ("values", dtype))
+    return {
+        "qkv": (*normed, *rope, *written, *_COUNT),
+        "out": (*adds, *_COUNT),
+        "gate_up": (*normed, ("y", dtype), *_COUNT),
+        "down": (*adds, *_COUNT),
+        "head": (("logits", "*fp32"), ("best", "*fp32"), *_integers("epoch"), *_COUNT),
     }

@@ -70,7 +70,8 @@ class EmulatedLibrary:
             library = _compile(source, folder)
             for i, kernel in enumerate(source.kernels):
                 streams = "map" in dict(kernel.arguments).values()
-                cluster = CLUSTER if streams and source.source in IN_CLUSTERS else 1
+                default = CLUSTER if streams and source.source in IN_CLUSTERS else 1
+                cluster = int(dict(source.defines).get(f"CLUSTER_{kernel.entry}", default))
                 self._kernels[kernel.name] = library, i, kernel, cluster
 
     def launch(

@@ -326,6 +326,8 @@ inline u32 transposed(u32 v) {
 inline uint4 ldcg128(const void* p) { return *static_cast<const uint4*>(p); }
 inline float4 ldcg_f4(const void* p) { return *static_cast<const float4*>(p); }
 inline float4 ldg_f4(const void* p) { return *static_cast<const float4*>(p); }
+inline float2 ldcg_f2(const void* p) { return *static_cast<const float2*>(p); }
+inline float2 ldg_f2(const void* p) { return *static_cast<const float2*>(p); }
 inline void st_tagged(uint2* p, u32 data, u32 tag) {
   *p = {data, tag};
   ++machine.progress;

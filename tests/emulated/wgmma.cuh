@@ -22,7 +22,8 @@ inline void elements(float (&to)[16], u64 where, int r) {
     to[k] = number(*reinterpret_cast<const u16*>(row + ((in_row / 16 ^ r % 8) * 16 | in_row % 16)));
   }
 }
-inline void wgmma(float (&d)[TOKENS / 2], u64 a, u64 b, int adds) {
+template <int N, int AT = 0, int SIZE>
+inline void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) {
   const u32 given[3] = {(u32)a, (u32)b, threadIdx.x / 32 % 4u};
   memcpy(lane_in(), given, sizeof given);
   float x[2][16], y[16];
@@ -30,15 +31,17 @@ inline void wgmma(float (&d)[TOKENS / 2], u64 a, u64 b, int adds) {
   const u32* in = machine.self->warp->in[0];
   const int lane = lane_id();
   for (int r = 0; r < 2; ++r) elements(x[r], in[0], (int)in[2] * 16 + lane / 4 + r * 8);
-  for (int n = 0; n < TOKENS / 8; ++n)
+  for (int n = 0; n < N / 8; ++n)
     for (int j = 0; j < 2; ++j) {
       elements(y, in[1], n * 8 + lane % 4 * 2 + j);
       for (int r = 0; r < 2; ++r) {
         float sum = 0;
         for (int k = 0; k < 16; ++k) sum += x[r][k] * y[k];
-        float& to = d[4 * n + 2 * r + j];
+        float& to = d[AT + 4 * n + 2 * r + j];
         to = (adds ? to : 0) + sum;
       }
     }
   __syncwarp();
 }
+template <int N, int SIZE>
+inline void wgmmas(float (&d)[SIZE], u64 a, u64 b, int adds) { wgmma<N>(d, a, b, adds); }

@@ -42,10 +42,12 @@ class Fused:
     def __init__(self, name: str, folder: Path) -> None:
         self.spec, dtype = SPECS[name]
         self.config: EngineConfig = cuda_config(
-            self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=16
+            self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=64
         )
         sources = [
-            it for it in cuda_sources(self.config) if it.name.startswith(("decode", "attend"))
+            it
+            for it in cuda_sources(self.config)
+            if it.name.startswith(("decode", "attend", "wide"))
         ]
         self.library = EmulatedLibrary(sources, folder)
         self.dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
@@ -198,6 +200,9 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
         ([64, 1, 300, 129, 31, 32, 40, 256], 5),
         ([1 + 61 * i % 500 for i in range(9)], 4),
         ([1 + 97 * i % 700 for i in range(16)], 6),
+        ([1 + 61 * i % 200 for i in range(17)], 4),
+        ([1 + 61 * i % 90 for i in range(40)], 6),
+        ([1 + 61 * i % 50 for i in range(64)], 4),
     ],
     ids=lambda it: f"{len(it)} of {max(it)}" if isinstance(it, list) else str(it),
 )

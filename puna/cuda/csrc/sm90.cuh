@@ -98,6 +98,8 @@ __device__ __forceinline__ u32 transposed(u32 v) {
 __device__ __forceinline__ uint4 ldcg128(const void* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
 __device__ __forceinline__ float4 ldcg_f4(const void* p) { return __ldcg(reinterpret_cast<const float4*>(p)); }
 __device__ __forceinline__ float4 ldg_f4(const void* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
+__device__ __forceinline__ float2 ldcg_f2(const void* p) { return __ldcg(reinterpret_cast<const float2*>(p)); }
+__device__ __forceinline__ float2 ldg_f2(const void* p) { return __ldg(reinterpret_cast<const float2*>(p)); }
 
 // ---- Words with a tag ------------------------------------------------------------------------------------------------------
 // Between CTAs of one launch a word carries a tag beside its data, and whoever waits for it polls the data itself: no fence and

@@ -115,7 +115,7 @@ extern "C" __global__ __maxnreg__(REGISTERS) void stream_k(const __grid_constant
 #pragma unroll
       for (int k = 0; k < COLUMNS / 16; ++k)
 #pragma unroll
-        for (int t = 0; t < 2; ++t) wgmma(d[t], matrix(stage + (group * 2 + t) * TILE_BYTES) + 2 * k, x + 2 * k, k ? 1 : chunk - begin);
+        for (int t = 0; t < 2; ++t) wgmma<TOKENS>(d[t], matrix(stage + (group * 2 + t) * TILE_BYTES) + 2 * k, x + 2 * k, k ? 1 : chunk - begin);
       wgmma_commit();
       if (chunk > begin) {  // the products before have ended
         wgmma_wait<1>();

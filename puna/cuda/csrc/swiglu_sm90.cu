@@ -100,8 +100,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__((COMPUTE
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < COLUMNS / 16; ++k) {
-          wgmma(gate, g + 2 * k, x + 2 * k, k ? 1 : chunk);
-          wgmma(up, u + 2 * k, x + 2 * k, k ? 1 : chunk);
+          wgmma<TOKENS>(gate, g + 2 * k, x + 2 * k, k ? 1 : chunk);
+          wgmma<TOKENS>(up, u + 2 * k, x + 2 * k, k ? 1 : chunk);
         }
         wgmma_commit();
         if (chunk) {        // the products before have ended
