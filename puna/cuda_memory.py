@@ -92,7 +92,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
 def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
     """Scratch of the fused kernels, where the engine has them; all of it begins as zeros."""
     rows = max(fused_rows(config), default=0)
-    rows = TOKENS if has_wide(config) else rows
+    rows = TOKENS[-1] if has_wide(config) else rows
     if not rows:
         return {}
     s = fused_shapes(config)

@@ -7,6 +7,7 @@ Knows nothing of kernels' names or arguments.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 from puna.errors import EngineError
@@ -155,12 +156,15 @@ class Driver:
     def tensor_map(
         self,
         address: int,
-        dims: tuple[int, int, int],
-        box: tuple[int, int, int],
+        dims: tuple[int, ...],
+        box: tuple[int, ...],
         *,
+        strides: tuple[int, ...] | None = None,
         is_swizzled: bool = False,
     ) -> TensorMap:
-        """Describe contiguous two-byte numbers for copies of boxes; innermost dimensions first.
+        """Describe two-byte numbers for copies of boxes; three to five dimensions, the innermost
+        first. `strides`: numbers from one to the next of each dimension but the first, multiples of
+        eight; None: contiguous.
 
         `is_swizzled`: in shared memory, 16-byte piece i of row r of a box lies where piece
         i ^ (r % 8) would; rows are 128 bytes.
@@ -168,16 +172,17 @@ class Driver:
         # Aligned to 64 bytes, within memory that the map keeps alive.
         memory = (ctypes.c_char * (_TENSOR_MAP_BYTES + 64))()
         aligned = -(-ctypes.addressof(memory) // 64) * 64
-        strides = dims[0] * 2, dims[0] * dims[1] * 2
+        num_dims = len(dims)
+        strides = strides or tuple(math.prod(dims[:i]) for i in range(1, num_dims))
         result = self._cuda.cuTensorMapEncodeTiled(
             ctypes.c_void_p(aligned),
             _TENSOR_MAP_UINT16,
-            3,
+            num_dims,
             ctypes.c_void_p(address),
-            (ctypes.c_uint64 * 3)(*dims),
-            (ctypes.c_uint64 * 2)(*strides),
-            (ctypes.c_uint32 * 3)(*box),
-            (ctypes.c_uint32 * 3)(1, 1, 1),
+            (ctypes.c_uint64 * num_dims)(*dims),
+            (ctypes.c_uint64 * (num_dims - 1))(*(2 * stride for stride in strides)),
+            (ctypes.c_uint32 * num_dims)(*box),
+            (ctypes.c_uint32 * num_dims)(*[1] * num_dims),
             0,  # not interleaved
             _TENSOR_MAP_SWIZZLE_128B if is_swizzled else 0,
             0,  # L2 fetches no more than is asked for: to fetch 256 bytes cost 5 % (H200, 2026-11)

@@ -213,7 +213,7 @@ def fused_ops(
             found.append((rows, FewDecode(*given, Attend(library, driver, arrays, num_ctas))))
     if has_wide(config):
         given = library, driver, arrays, num_ctas
-        found.append((TOKENS, WideDecode(config, *given, Attend(*given))))
+        found.append((TOKENS[-1], WideDecode(config, *given, Attend(*given))))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from puna.cuda.wide_plan import COLUMNS, cut
 from puna.engine import EngineConfig
 
 Tensor = Any
-Box = tuple[int, int, int]
+Box = tuple[int, ...]
 
 
 class TensorMaps:
@@ -22,11 +22,22 @@ class TensorMaps:
         self._driver = driver
         self._maps: dict[tuple[Any, ...], TensorMap] = {}
 
-    def get(self, array: Tensor, dims: Box, box: Box, *, is_swizzled: bool = False) -> TensorMap:
+    def get(
+        self,
+        array: Tensor,
+        dims: Box,
+        box: Box,
+        *,
+        strides: Box | None = None,
+        is_swizzled: bool = False,
+    ) -> TensorMap:
         """`Driver.tensor_map` of an array."""
-        key = array.data_ptr(), dims, box, is_swizzled
+        address = array.data_ptr()
+        key = address, dims, box, strides, is_swizzled
         if key not in self._maps:
-            self._maps[key] = self._driver.tensor_map(*key[:3], is_swizzled=is_swizzled)
+            self._maps[key] = self._driver.tensor_map(
+                address, dims, box, strides=strides, is_swizzled=is_swizzled
+            )
         return self._maps[key]
 
 
@@ -59,10 +70,17 @@ class WideMaps(TensorMaps):
 
     def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
         shapes, (num_rows, num_cols) = self._shapes, weight_NK.shape
-        rows = {"qkv": shapes.head_dim // 2, "gate_up": shapes.ffn}.get(kernel, num_rows)
+        unit = cut(shapes, self._vocab_size, kernel).unit
+        if kernel == "qkv":
+            # Eight rows of one half of a head, eight of the other, the next eight ...
+            half = shapes.head_dim // 2
+            dims = num_cols, 8, 2, half // 8, num_rows // shapes.head_dim
+            strides = tuple(num_cols * rows for rows in (1, half, 8, shapes.head_dim))
+            box = COLUMNS, 8, 2, unit // 8, 1
+            return self.get(weight_NK, dims, box, strides=strides, is_swizzled=True)
+        rows = shapes.ffn if kernel == "gate_up" else num_rows
         dims = num_cols, rows, num_rows // rows
-        box = cut(shapes, self._vocab_size, kernel).box
-        return self.get(weight_NK, dims, box, is_swizzled=True)
+        return self.get(weight_NK, dims, (COLUMNS, unit, 1), is_swizzled=True)
 
     def input(self, x_TK: Tensor) -> TensorMap:
         """Rows beyond those of the array are zeros."""

@@ -22,8 +22,8 @@ from puna.cuda.stream_k_plan import (
 )
 from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
 from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
-from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
 from puna.cuda.wide_plan import TOKENS as WIDE_TOKENS
+from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
 from puna.cuda.wide_plan import has_wide, wide_defines, wide_shared_bytes
 from puna.engine import EngineConfig
 
@@ -57,7 +57,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     return (
         _BANDWIDTH,
         *(_fused_source(config, rows) for rows in fused_rows(config)),
-        *([_wide_source(config)] if has_wide(config) else []),
+        *(_wide_source(config, it) for it in (WIDE_TOKENS if has_wide(config) else ())),
         *([_attend_source(config)] if has_attend(config) else []),
         *(_stream_k_source(config, it) for it in tokens),
         *([_swiglu_source(config)] if has_swiglu(config) else []),
@@ -99,16 +99,16 @@ def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
     return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
 
 
-def _wide_source(config: EngineConfig) -> CudaSource:
+def _wide_source(config: EngineConfig, tokens: int) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     kernels = []
     for name, arguments in _wide_arguments(dtype).items():
         given = ("w", "map"), ("x", "map"), *arguments
         shared = wide_shared_bytes(config, name)
-        kernels.append(CudaKernel(f"{name}_{WIDE_TOKENS}", name, given, WIDE_WARPS, shared, True))
-    kernels += _around(dtype, WIDE_TOKENS)
-    defines = tuple(wide_defines(config).items())
-    return CudaSource("wide", "wide_sm90.cu", defines, tuple(kernels))
+        kernels.append(CudaKernel(f"wide_{name}_{tokens}", name, given, WIDE_WARPS, shared, True))
+    kernels += _around(dtype, tokens)
+    defines = tuple(wide_defines(config, tokens).items())
+    return CudaSource(f"wide_{tokens}", "wide_sm90.cu", defines, tuple(kernels))
 
 
 def _around(dtype: str, rows: int) -> list[CudaKernel]:
@@ -116,8 +116,8 @@ def _around(dtype: str, rows: int) -> list[CudaKernel]:
     enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
     pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
     return [
-        CudaKernel(f"enter_{rows}", "enter", enter, 8, 8 * 4, True),
-        CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True),
+        CudaKernel(f"wide_enter_{rows}", "enter", enter, 8, 8 * 4, True),
+        CudaKernel(f"wide_pick_{rows}", "pick", pick, 1, 0, True),
     ]
 
 

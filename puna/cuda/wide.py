@@ -75,6 +75,7 @@ class WideDecode:
         is_finished = self._normalise(x, norm)
         self._launch(
             "qkv",
+            len(q_TQ),
             self._maps.weight("qkv", weight_XK),
             self._next(len(q_TQ)),
             self._bias(bias_N),
@@ -109,6 +110,7 @@ class WideDecode:
         is_finished = self._normalise(x, norm)
         self._launch(
             "gate_up",
+            len(act_TF),
             self._maps.weight("gate_up", weight_XK),
             self._next(len(act_TF)),
             self._bias(bias_N),
@@ -130,6 +132,7 @@ class WideDecode:
         self._enter(x, norm, rows_L, num_rows)
         self._launch(
             "head",
+            num_rows,
             self._maps.weight("head", weight_NK),
             self._next(num_rows),
             logits_LV,
@@ -141,7 +144,9 @@ class WideDecode:
     def sample_greedy(self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor) -> None:
         best, error = self._arrays["fused_best"], self._arrays["fused_error"]
         arguments = (best, rows_L, last_tokens_R, out_tokens_L, error, self._num_ctas)
-        self._library.launch(f"pick_{TOKENS}", (len(rows_L), 1, 1), arguments, True)
+        self._library.launch(
+            f"wide_pick_{_variant(len(rows_L))}", (len(rows_L), 1, 1), arguments, True
+        )
 
     def finish(self) -> None:
         self._add_to_stream(_NONE)
@@ -159,7 +164,7 @@ class WideDecode:
 
     def _enter(self, x: Stream, norm: Norm, rows_L: Tensor | int, num_rows: int) -> None:
         arguments = (x.residual_TD, norm.weight_D, rows_L, self._arrays["fused_next"])
-        self._library.launch(f"enter_{TOKENS}", (num_rows, 1, 1), arguments, True)
+        self._library.launch(f"wide_enter_{_variant(num_rows)}", (num_rows, 1, 1), arguments, True)
 
     def _add_to_stream(self, gamma_D: Tensor | int) -> None:
         held, self._held = self._held, None
@@ -167,6 +172,7 @@ class WideDecode:
             return
         self._launch(
             held.kernel,
+            len(held.input_TK),
             self._maps.weight(held.kernel, held.weight_NK),
             self._maps.input(held.input_TK),
             self._bias(held.bias_N),
@@ -177,9 +183,10 @@ class WideDecode:
             len(held.input_TK),
         )
 
-    def _launch(self, kernel: str, *arguments: Tensor | TensorMap | int) -> None:
+    def _launch(self, kernel: str, num_tokens: int, *arguments: Tensor | TensorMap | int) -> None:
+        """Of those for so many tokens or more, the one for the fewest."""
         grid = self._num_ctas, 1, 1
-        self._library.launch(f"{kernel}_{TOKENS}", grid, arguments, True)
+        self._library.launch(f"wide_{kernel}_{_variant(num_tokens)}", grid, arguments, True)
 
     def _next(self, num_tokens: int) -> TensorMap:
         return self._maps.input(self._arrays["fused_next"][:num_tokens])
@@ -187,3 +194,7 @@ class WideDecode:
     def _bias(self, bias_N: Tensor | None) -> Tensor:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if bias_N is None else bias_N
+
+
+def _variant(num_tokens: int) -> int:
+    return next(tokens for tokens in TOKENS if num_tokens <= tokens)

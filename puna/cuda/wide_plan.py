@@ -15,14 +15,16 @@ from puna.cuda.fused_plan import KERNELS
 from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
 
-TOKENS = 64  # rows of the first operand of wgmma
+# Kernels are compiled for up to so many tokens.
+TOKENS = (8, 16, 32, 64)
 COLUMNS = 64  # of a box: 128 bytes
 NUM_WARPS = 8
 _CTAS = 132  # that tiles are sized for: multiprocessors of an H100 or H200
 _MOST_ROWS = 256  # of a tile
-_MOST_REGISTERS = 255
-ROUNDS = 2
-OUT_BYTES = 80 * 1024
+
+OUT_BYTES = 100 * 1024
+DOWN_BYTES = 227 * 1024
+QKV_BYTES = 227 * 1024
 _OF_A_MULTIPROCESSOR = 228 * 1024
 
 
@@ -39,12 +41,6 @@ class Cut:
     def num_rows(self) -> int:
         """Of a tile; those of a half begin at multiples of eight."""
         return self.most * self.halves * (-(-self.unit // 8) * 8)
-
-    @property
-    def box(self) -> tuple[int, int, int]:
-        """What one copy is: about 100 clocks, however little it is. Both halves, where they follow
-        each other in shared memory."""
-        return COLUMNS, self.unit, self.halves if self.unit % 8 == 0 else 1
 
 
 def has_wide(config: EngineConfig) -> bool:
@@ -67,10 +63,11 @@ def cut(s: FusedShapes, vocab_size: int, kernel: str) -> Cut:
         return _cut(2, pairs, -negative, cluster)
     if kernel in ("gate_up", "head"):
         halves = 2 if kernel == "gate_up" else 1
-        rows, most = (s.ffn if halves == 2 else vocab_size), _MOST_ROWS // halves
-        rounds = max(-(-rows // (_CTAS * most)), ROUNDS if halves == 2 else 1)
+        rows, most = (s.ffn, 64) if halves == 2 else (vocab_size, _MOST_ROWS)
+        rounds = -(-rows // (_CTAS * most))
         # Even: neighbouring columns are stored together.
-        unit = -(-rows // (_CTAS * rounds * 2)) * 2
+        even = 2 if halves == 2 else 4
+        unit = -(-rows // (_CTAS * rounds * even)) * even
         return Cut(halves, unit, 1, 1)
     rounds = -(-s.hidden // (_CTAS // 2 * _MOST_ROWS))
     return Cut(1, -(-s.hidden // (_CTAS // 2 * rounds * 8)) * 8, 1, 2)
@@ -79,7 +76,7 @@ def cut(s: FusedShapes, vocab_size: int, kernel: str) -> Cut:
 def _cut(halves: int, rows: int, unit: int, cluster: int) -> Cut:
     """Of so many rows of either half, as many units in a tile as the busiest CTA has, if it can."""
     units = -(-(-(-rows // unit)) // (_CTAS // cluster))
-    rounds = -(-units * unit * halves // _MOST_ROWS)
+    rounds = -(-units * unit // (_MOST_ROWS // 4 if halves == 2 else _MOST_ROWS))
     return Cut(halves, unit, -(-units // rounds), cluster)
 
 
@@ -94,13 +91,19 @@ def wide_shared_bytes(config: EngineConfig, kernel: str) -> int:
     it."""
     beside_attention = room_beside(fused_shapes(config)) // 1024 * 1024
     return {
-        "qkv": beside_attention,
+        "qkv": min(beside_attention, QKV_BYTES),
         "out": OUT_BYTES,
         "gate_up": _OF_A_MULTIPROCESSOR - OUT_BYTES - 2 * 1024,
+        "down": DOWN_BYTES,
     }.get(kernel, MAX_SHARED)
 
 
-def wide_defines(config: EngineConfig) -> dict[str, int | str]:
+def _registers(kernel: str) -> int:
+    """Most of a thread: qkv and out are resident beside attention, gate_up beside out."""
+    return REGISTERS_BESIDE if kernel in ("qkv", "out") else 255
+
+
+def wide_defines(config: EngineConfig, tokens: int) -> dict[str, int | str]:
     """Macros of the source."""
     s, spec = fused_shapes(config), config.spec
     cuts = {kernel: cut(s, spec.vocab_size, kernel) for kernel in KERNELS}
@@ -114,16 +117,13 @@ def wide_defines(config: EngineConfig) -> dict[str, int | str]:
         "VOCAB": spec.vocab_size,
         "KV_BLOCK": config.limits.block_size,
         "EPS": f"{spec.rms_norm_eps!r}f",
-        "TOKENS": TOKENS,
-        "ROWS": TOKENS,
+        "TOKENS": tokens,
+        "ROWS": tokens,
         "ATTENTION_BIAS": int(spec.attention_bias),
         "MLP_BIAS": int(spec.mlp_bias),
         **{f"SHARED_{kernel}": wide_shared_bytes(config, kernel) for kernel in KERNELS},
         **{f"UNIT_{kernel}": it.unit for kernel, it in cuts.items()},
         **{f"MOST_{kernel}": it.most for kernel, it in cuts.items()},
         **{f"CLUSTER_{kernel}": it.cluster for kernel, it in cuts.items()},
-        **{
-            f"REGISTERS_{kernel}": REGISTERS_BESIDE if kernel in ("qkv", "out") else _MOST_REGISTERS
-            for kernel in KERNELS
-        },
+        **{f"REGISTERS_{kernel}": _registers(kernel) for kernel in KERNELS},
     }

@@ -7,6 +7,7 @@ behave as on a GPU, if not in its order; memory models and speed do not.
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import struct
 import subprocess
@@ -49,12 +50,15 @@ class EmulatedDriver:
     def tensor_map(
         self,
         address: int,
-        dims: tuple[int, int, int],
-        box: tuple[int, int, int],
+        dims: tuple[int, ...],
+        box: tuple[int, ...],
         *,
+        strides: tuple[int, ...] | None = None,
         is_swizzled: bool = False,
     ) -> TensorMap:
-        packed = struct.pack("<Q3q3ii72x8x", address, *dims, *box, is_swizzled)
+        more, contiguous = 5 - len(dims), (math.prod(dims[:i]) for i in range(1, len(dims)))
+        numbers = *dims, *[1] * more, 1, *(strides or contiguous), *[0] * more, *box, *[1] * more
+        packed = struct.pack("<Q10q5ii16x", address, *numbers, is_swizzled)
         memory = ctypes.create_string_buffer(packed, 128 + 64)
         start = -(-ctypes.addressof(memory) // 64) * 64
         ctypes.memmove(start, packed, 128)

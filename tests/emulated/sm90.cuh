@@ -276,26 +276,36 @@ inline void mbar_expect(u32 bar, u32 bytes) { barrier(bar).arrive((int)bytes); }
 inline u64 evict_first() { return 0; }
 struct alignas(64) TensorMap {
   const u16* data;
-  int64_t dims[3];
-  int32_t box[3], is_swizzled;
-  char padding[72];
+  int64_t dims[5], strides[5];        // of up to five dimensions
+  int32_t box[5], is_swizzled;
+  char padding[16];
 };
 static_assert(sizeof(TensorMap) == 128);
-inline void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64) {
+inline void load_box(u32 dst, const TensorMap& map, const int (&from)[5], u32 bar) {
   unsigned char* to = at(dst);
   Barrier* b = &barrier(bar);
+  std::vector<int> first(from, from + 5);
   machine.copies.emplace_back(machine.random() % 8, [=] {
-    const int* box = map.box;
-    for (int i = 0; i < box[1] * box[2]; ++i)
-      for (int j = 0; j < box[0]; ++j) {
-        const int64_t at[3] = {x + j, y + i % box[1], z + i / box[1]};
-        bool is_there = true;
-        for (int d = 0; d < 3; ++d) is_there &= at[d] < map.dims[d];
-        const int place = map.is_swizzled ? i * box[0] + ((j / 8 ^ i % 8) * 8 | j % 8) : i * box[0] + j;
-        reinterpret_cast<u16*>(to)[place] = is_there ? map.data[(at[2] * map.dims[1] + at[1]) * map.dims[0] + at[0]] : 0;
+    int num = 1;
+    for (int d = 0; d < 5; ++d) num *= map.box[d];
+    for (int n = 0; n < num; ++n) {
+      const int i = n / map.box[0], j = n % map.box[0];     // row, column
+      int64_t where = 0;
+      bool is_there = true;
+      for (int d = 0, left = n; d < 5; left /= map.box[d++]) {
+        const int64_t at = first[d] + left % map.box[d];
+        is_there &= at < map.dims[d];
+        where += at * map.strides[d];
       }
-    b->receive(box[0] * box[1] * box[2] * 2);
+      const int place = map.is_swizzled ? i * map.box[0] + ((j / 8 ^ i % 8) * 8 | j % 8) : n;
+      reinterpret_cast<u16*>(to)[place] = is_there ? map.data[where] : 0;
+    }
+    b->receive(num * 2);
   });
+}
+inline void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64) { load_box(dst, map, {x, y, z, 0, 0}, bar); }
+inline void box_load_halves(u32 dst, const TensorMap& map, int x, int eight, int head, u32 bar, u64) {
+  load_box(dst, map, {x, 0, 0, eight, head}, bar);
 }
 inline void bulk_prefetch(const void*, u32) {}
 inline void async_fence() {}

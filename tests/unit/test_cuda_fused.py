@@ -118,7 +118,7 @@ class Launches:
     def launch(self, name: str, grid: Any, arguments: tuple[Any, ...], overlaps: bool) -> None:
         self.launched.append((name, grid, arguments, overlaps))
 
-    def tensor_map(self, address: int, dims: Any, box: Any, *, is_swizzled: bool = False) -> Any:
+    def tensor_map(self, address: int, dims: Any, box: Any, **more: Any) -> Any:
         self.maps.append((address, dims, box, is_swizzled))
         return TensorMap((ctypes.c_char * 1)(), address)
 

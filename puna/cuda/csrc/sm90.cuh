@@ -92,6 +92,7 @@ __device__ __forceinline__ void ldmatrix_t(u32 (&r)[4], u32 addr) {
 // A matrix of 8x8 numbers in the registers of a warp, transposed: a lane has two neighbours of row lane / 4.
 __device__ __forceinline__ u32 transposed(u32 v) {
   u32 r;
+  __syncwarp();
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
   return r;
 }

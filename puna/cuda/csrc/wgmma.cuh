@@ -11,6 +11,14 @@ __device__ __forceinline__ void box_load_kept(u32 dst, const TensorMap& map, int
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar)
       : "memory");
 }
+// A box of a tensor of five dimensions: columns, eight rows, the halves of a head, the eights of a half, heads.
+__device__ __forceinline__ void box_load_halves(u32 dst, const TensorMap& map, int x, int eight, int head, u32 bar, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2,%3,%3,%4,%5}], [%6], %7;" ::"r"(dst),
+      "l"(&map), "r"(x), "r"(0), "r"(eight), "r"(head), "r"(bar), "l"(policy)
+      : "memory");
+}
 // A box to the same place in every CTA of the cluster whose bit is in `mask`, and counted by each one's barrier.
 __device__ __forceinline__ void box_load_shared(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u16 mask) {
   asm volatile(
@@ -20,9 +28,11 @@ __device__ __forceinline__ void box_load_shared(u32 dst, const TensorMap& map, i
       : "memory");
 }
 
-// A matrix in shared memory whose rows are 128 bytes, swizzled: bits 62 and 63 say so; 1,024 bytes from eight rows to the next.
+// A matrix in shared memory whose rows are 128 bytes, swizzled: bits 62 and 63 say so; `stride` bytes from eight rows to the next.
 // 16 columns further are 32 bytes: 2 more.
-__device__ __forceinline__ u64 matrix(u32 addr) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (addr & 0x3ffff) >> 4; }
+__device__ __forceinline__ u64 matrix(u32 addr, int stride = 1024) {
+  return (u64)1 << 62 | (u64)(stride >> 4) << 32 | (u64)1 << 16 | (addr & 0x3ffff) >> 4;
+}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>

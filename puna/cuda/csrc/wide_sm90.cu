@@ -1,35 +1,35 @@
-// The products of a LLaMA layer for up to TOKENS (64) tokens, each of a sequence of its own, on Hopper (sm_90a), with what follows each:
+// The products of a LLaMA layer for several tokens, each of a sequence of its own, on Hopper (sm_90a), with what follows each:
 // rotation and append to the cache, residual, SiLU. Four launches a layer; attention (attend_sm90.cu) is the fifth, resident beside qkv
 // and out, which leave room for it.
 //
 // A CTA has a run of rows of the matrix, the same number as any other or a unit less, and streams them in chunks of 64 columns, the
-// tokens' beside them (a box for a unit, one for the tokens), so that its sums are whole and nobody else's. Where rows are few (out,
-// down) two CTAs, a cluster, have half of the columns each of twice as many rows, and of the sums each finishes half: the other one's
-// come through distributed shared memory. The tokens are the rows of wgmma's first operand, the weights' rows the columns of its
-// result: those come in eights, so that all CTAs have about as many, which tiles of 64 or 128 rows would not let them.
+// tokens' beside them, so that its sums are whole and nobody else's. Where rows are few (out, down) two CTAs, a cluster, have half of
+// the columns each of twice as many rows, and each finishes the rows of half of its warps: the other one's sums of those come through
+// distributed shared memory.
 //
-// One warpgroup multiplies. One warp copies: weights before the kernels in front have ended, as many stages as there is room for but
-// one. Three more work out the norm's factors meanwhile.
+// One warpgroup multiplies: the weights are the first operand of wgmma, in blocks of 64 rows of which some may be nobody's, whatever
+// lies behind the tile's; the tokens are the columns. One warp copies: weights before the kernels in front have ended, as many
+// stages as there is room for but one. Three more work out the norm's factors meanwhile.
 //
 // Norms: who finishes the residual h writes round(h gamma SCALE) beside it, the next product's input, and each CTA its sums of the
 // squares of h. A norm's factor is the same for all columns, so the next kernel multiplies its sums by it. `enter` does so for
 // a residual that no kernel of these has written, with the factor.
 //
-// Defined by who compiles it: BF16, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, KV_BLOCK, EPS, TOKENS, ATTENTION_BIAS, MLP_BIAS; of
-// each kernel SHARED_<kernel>: bytes of dynamic shared memory, UNIT_<kernel>: rows of a box, MOST_<kernel>: units of a tile,
-// CLUSTER_<kernel>: CTAs that share columns, REGISTERS_<kernel>: most of a thread.
+// Defined by who compiles it: BF16, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, KV_BLOCK, EPS, TOKENS: most there may be (ROWS: the
+// same), ATTENTION_BIAS, MLP_BIAS; of each kernel SHARED_<kernel>: bytes of dynamic shared memory, UNIT_<kernel>: rows of a box,
+// MOST_<kernel>: units of a tile, CLUSTER_<kernel>: CTAs that share columns, REGISTERS_<kernel>: most of a thread.
 #include "best.cuh"
 #include "cluster.cuh"
 #include "enter.cuh"
 #include "layer.cuh"
 #include "wgmma.cuh"
 
-constexpr int COLUMNS = 64, ROW_BYTES = COLUMNS * 2;
-constexpr int COMPUTE = 4, HELPERS = 3, NT = 32 * (COMPUTE + 1 + HELPERS);    // warps
+constexpr int COLUMNS = 64, ROW_BYTES = COLUMNS * 2, BLOCK = 64;
+constexpr int EIGHTS = TOKENS / 8;                  // of tokens
+constexpr int COMPUTE = 4, HELPERS = 3;             // warps; one more copies
+constexpr int TURNED = 8 * 20;                      // numbers, of a warp: eight tokens of sixteen rows each, and four more: no conflicts of banks
 constexpr int MAX_STAGES = 32;
 constexpr int MAX_CTAS = 256;                       // puna.cuda_memory.MAX_MULTIPROCESSORS
-constexpr int OPERAND = 64 * ROW_BYTES;             // what wgmma reads of the tokens, however many there are
-static_assert(TOKENS == 64 && ROWS == TOKENS, "rows of a product of wgmma");
 
 enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
 #define OF_MODE(name) (MODE == QKV ? name##_qkv : MODE == OUT ? name##_out : MODE == GATE_UP ? name##_gate_up : MODE == DOWN ? name##_down : name##_head)
@@ -64,160 +64,205 @@ struct Cut {
   static constexpr int UNIT = OF_MODE(UNIT), SLOT = (UNIT + 7) / 8 * 8, MOST = OF_MODE(MOST), CLUSTER = OF_MODE(CLUSTER);
   static constexpr int ROWS_OF_HALF = MODE == QKV ? ALL_HEADS * HEAD_DIM / 2 : MODE == GATE_UP ? FFN : MODE == HEAD ? VOCAB : HIDDEN;
   static constexpr int UNITS = (ROWS_OF_HALF + UNIT - 1) / UNIT;
-  static constexpr bool JOINED = HALVES == 2 && UNIT % 8 == 0;       // both halves are one box
-  static constexpr int N = MOST * HALVES * SLOT;    // rows of a tile
-  static constexpr int GROUPS = MOST * SLOT / 8;    // eights of either half of them
-  static constexpr int MINE = (GROUPS + CLUSTER - 1) / CLUSTER;       // of these, that a CTA finishes
+  static constexpr int HALF = MOST * SLOT;          // rows of a half of a tile, in shared memory
+  static constexpr int BLOCKS = (HALF + BLOCK - 1) / BLOCK;           // of either half
+  // In shared memory the halves of a head alternate, eight rows each, as its one box has them; gate and up follow each other.
+  static constexpr bool ALTERNATES = MODE == QKV;
+  static constexpr int OTHER = (ALTERNATES ? 8 : HALF) * ROW_BYTES;   // from a half to the other
   static constexpr int CHUNKS = K / COLUMNS;
-  static constexpr int RECEIVED = CLUSTER == 2 ? MINE * HALVES * COMPUTE * 32 * 16 : 0;
-  static constexpr int BARRIERS = 2 * MAX_STAGES + 3;
-  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - TOKENS * 4) / 1024 * 1024;
-  static_assert(K % COLUMNS == 0 && UNIT % 2 == 0 && N <= 256, "whole chunks, pairs of rows, and what wgmma takes");
+  static constexpr int INPUT = TOKENS * ROW_BYTES, STAGE = INPUT + HALVES * HALF * ROW_BYTES;
+  // Of a cluster each CTA finishes half of the tokens; where those are eight, half of the warps' rows.
+  static constexpr int MINE = CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
+  static constexpr int SENDERS = (CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
+  static constexpr int RECEIVED = CLUSTER == 2 ? HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
+  static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
+  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
+  static constexpr int BEYOND = (ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
+  static constexpr int STAGES = (RING - BEYOND) / STAGE < MAX_STAGES ? (RING - BEYOND) / STAGE : MAX_STAGES;
+  static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0 && STAGES >= 3, "whole chunks, fours of rows, and some stages");
   static_assert(MODE != QKV || HEAD_DIM / 2 % SLOT == 0, "a unit lies in a head");
-  // A lane's sums of a group, of either half: four.
-  static __device__ constexpr int at(int group, int half) {
-    return 4 * ((group / (SLOT / 8) * HALVES + half) * (SLOT / 8) + group % (SLOT / 8));
-  }
 };
 
 // A place in the ring.
+template <int STAGES>
 struct Turn {
   int at = 0;
   u32 parity = 0;
-  __device__ __forceinline__ void next(int num_stages) {
-    if (++at == num_stages) { at = 0; parity ^= 1; }
+  __device__ __forceinline__ void next() {
+    if (++at == STAGES) { at = 0; parity ^= 1; }
   }
 };
 
-// What the sums become. A lane has of each group two neighbouring columns of two tokens, eight apart: of the first token 0 and 1.
+// What the sums become. Lane (g, t) has of each block, turned, rows 4t to 4t + 3 of its warp's sixteen, and of each eight tokens the g-th.
 template <int MODE, int K>
 struct Finish {
   using C = Cut<MODE, K>;
-  const Args& p;
-  const int token, lane;    // the lane's first token
+  static constexpr int MINE = C::MINE;
+  static constexpr bool ADDS = MODE == OUT || MODE == DOWN;
   // Loaded before the sums are there, where registers allow.
-  static constexpr bool ROTATES = MODE == QKV, ADDS = MODE == OUT || MODE == DOWN, LOADS_ROTATIONS = ROTATES && C::MINE <= 6;
-  int positions[2], slots[2];
-  float2 cos[LOADS_ROTATIONS ? C::MINE : 1][2], sin[LOADS_ROTATIONS ? C::MINE : 1][2];
-  float2 gamma[ADDS ? C::MINE : 1], residual[ADDS ? C::MINE : 1][2];
-  float squares[2] = {};
-  float2 best[2] = {{-INFINITY_F, 0}, {-INFINITY_F, 0}};
-  __device__ __forceinline__ Finish(const Args& args, int warp, int lane_) : p(args), token(warp * 16 + lane_ / 4), lane(lane_) {}
-  __device__ __forceinline__ bool has(int i) const { return token + 8 * i < p.num_tokens; }
-  // The lane's first column of a group of a tile that begins with unit `first`: its row in the half; and whether it is there.
-  __device__ __forceinline__ int row_of(int first, int group) const {
-    return (first + group / (C::SLOT / 8)) * C::UNIT + group % (C::SLOT / 8) * 8 + lane % 4 * 2;
+  static constexpr bool LOADS_ROTATIONS = MODE == QKV && C::BLOCKS * MINE <= 4;
+  const Args& p;
+  const int warp, g, t, from;         // from: its first eight of the tokens
+  float* const turned;                // [8][20], of the warp
+  int first, end;           // units of the tile
+  int positions[MODE == QKV ? MINE : 1], slots[MODE == QKV ? MINE : 1];
+  float4 cos[LOADS_ROTATIONS ? C::BLOCKS : 1][LOADS_ROTATIONS ? MINE : 1], sin[LOADS_ROTATIONS ? C::BLOCKS : 1][LOADS_ROTATIONS ? MINE : 1];
+  float4 gamma[ADDS ? C::BLOCKS : 1], residual[ADDS ? C::BLOCKS : 1][ADDS ? MINE : 1];
+  float squares[ADDS ? MINE : 1] = {};
+  float2 best[MODE == HEAD ? MINE : 1];
+  __device__ __forceinline__ Finish(const Args& args, float* turned_, int warp_, int lane, int rank)
+      : p(args), warp(warp_), g(lane / 4), t(lane % 4), from(MINE < EIGHTS ? rank * MINE : 0), turned(turned_ + warp_ * TURNED) {
+    if (MODE == HEAD)
+#pragma unroll
+      for (int e = 0; e < MINE; ++e) best[e] = make_float2(-INFINITY_F, 0);
   }
-  __device__ __forceinline__ bool is_there(int first, int end, int group) const {
-    const int in_unit = group % (C::SLOT / 8) * 8 + lane % 4 * 2;
-    return first + group / (C::SLOT / 8) < end && (C::UNIT % 8 == 0 || in_unit < C::UNIT) &&
-           (C::ROWS_OF_HALF % C::UNIT == 0 || row_of(first, group) < C::ROWS_OF_HALF);
+  __device__ __forceinline__ int token(int e) const { return (from + e) * 8 + g; }
+  __device__ __forceinline__ bool has_token(int e) const { return token(e) < p.num_tokens; }
+  // Of the lane's rows in a block: the first one's in its half, and how many of the four there are.
+  struct Four {
+    int row, num;
+  };
+  __device__ __forceinline__ Four four(int block) const {
+    const int slot = block * BLOCK + warp * 16 + t * 4, unit = slot / C::SLOT, in_unit = slot % C::SLOT;
+    const int row = (first + unit) * C::UNIT + in_unit;
+    const bool there = unit < C::MOST && first + unit < end;
+    return {row, there ? min(C::UNIT - in_unit, C::ROWS_OF_HALF - row) : 0};
   }
   // Of tokens, which do not change while a step runs.
   __device__ __forceinline__ void load_tokens() {
-    if (MODE != QKV) return;
+    if constexpr (MODE == QKV)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      positions[i] = has(i) ? __ldg(p.positions + token + 8 * i) : 0;
-      slots[i] = has(i) ? __ldg(p.slots + token + 8 * i) : 0;
+      for (int e = 0; e < MINE; ++e) {
+        positions[e] = has_token(e) ? __ldg(p.positions + token(e)) : 0;
+        slots[e] = has_token(e) ? __ldg(p.slots + token(e)) : 0;
+      }
+  }
+  __device__ __forceinline__ void load_rotation(const Four& rows, int e, float4& c, float4& s) const {
+    const bool is_value = rows.num <= 0 || rows.row / (HEAD_DIM / 2) >= HEADS + KV_HEADS;
+    const size_t at = (size_t)positions[e] * (HEAD_DIM / 2) + rows.row % (HEAD_DIM / 2);
+    c = is_value ? make_float4(1, 1, 1, 1) : ldg_f4(p.cos + at);
+    s = is_value ? make_float4(0, 0, 0, 0) : ldg_f4(p.sin + at);
+  }
+  // Some time before the sums of a tile are there.
+  __device__ __forceinline__ void begin(int first_unit, int last_unit) {
+    first = first_unit;
+    end = last_unit;
+#pragma unroll
+    for (int b = 0; b < C::BLOCKS; ++b) {
+      const Four rows = four(b);
+      const float4 none = make_float4(0, 0, 0, 0);
+      if constexpr (ADDS) gamma[b] = p.gamma && rows.num > 0 ? ldg_f4(p.gamma + rows.row) : none;
+#pragma unroll
+      for (int e = 0; e < MINE; ++e) {
+        if constexpr (ADDS) residual[b][e] = has_token(e) && rows.num > 0 ? ldcg_f4(p.h + (size_t)token(e) * HIDDEN + rows.row) : none;
+        if constexpr (LOADS_ROTATIONS) load_rotation(rows, e, cos[b][e], sin[b][e]);
+      }
     }
   }
-  __device__ __forceinline__ void load_rotation(int row, int i, float2& c, float2& s) const {
-    const bool is_value = row / (HEAD_DIM / 2) >= HEADS + KV_HEADS;
-    const size_t at = (size_t)positions[i] * (HEAD_DIM / 2) + row % (HEAD_DIM / 2);
-    c = is_value ? make_float2(1, 1) : ldg_f2(p.cos + at);
-    s = is_value ? make_float2(0, 0) : ldg_f2(p.sin + at);
+  // From a lane's sums of wgmma, those of rows g and g + 8 for tokens 2t and 2t + 1 of eight, to rows 4t to 4t + 3 for token g.
+  __device__ __forceinline__ void turn(const float* from_wgmma, float (&v)[4]) const {
+    __syncwarp();           // what was there before has been read
+#pragma unroll
+    for (int j = 0; j < 4; ++j) turned[(t * 2 + j % 2) * 20 + g + j / 2 * 8] = from_wgmma[j];
+    __syncwarp();
+    const float4 r = *reinterpret_cast<const float4*>(turned + g * 20 + t * 4);
+    v[0] = r.x, v[1] = r.y, v[2] = r.z, v[3] = r.w;
   }
-  // Some time before the sums of a tile are there. `from`: the CTA's first group.
-  __device__ __forceinline__ void load(int first, int end, int from) {
-#pragma unroll
-    for (int m = 0; m < C::MINE; ++m) {
-      const bool there = from + m < C::GROUPS && is_there(first, end, from + m);
-      const int row = there ? row_of(first, from + m) : 0;
-      if constexpr (ADDS) gamma[m] = p.gamma ? ldg_f2(p.gamma + row) : make_float2(0, 0);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (ADDS) residual[m][i] = there && has(i) ? ldcg_f2(p.h + (size_t)(token + 8 * i) * HIDDEN + row) : make_float2(0, 0);
-        if constexpr (LOADS_ROTATIONS) load_rotation(row, i, cos[m][i], sin[m][i]);
-      }
-    }
+  __device__ __forceinline__ static void store_four(u16* to, const float (&v)[4]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack2(v[0], v[1]), pack2(v[2], v[3]));
   }
-  // `a`, `b`: a group's sums of either half; m: which of the CTA's it is.
-  __device__ __forceinline__ void store(int first, int group, int m, const float (&a)[4], const float (&b)[4], const float (&scales)[2]) {
-    const int row = row_of(first, group);
-    if (MODE == QKV) {
-      const int head = row / (HEAD_DIM / 2), d = row % (HEAD_DIM / 2);
-      const float* bias = p.bias + head * HEAD_DIM + d;
+  // Of a block and the e-th eight of the tokens: `a`, `c`: the lane's sums of the first half and of the other.
+  __device__ __forceinline__ void store(const float* a, const float* c, int b, int e, const float* scales) {
+    const Four rows = four(b);
+    float v[4], w[4] = {};
+    turn(a, v);
+    if (C::HALVES == 2) turn(c, w);
+    if (rows.num <= 0 || !has_token(e)) return;
+    if (MODE == QKV || MODE == GATE_UP)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!has(i)) continue;
-        float2 c, s, v[2];
-        if constexpr (LOADS_ROTATIONS) c = cos[m][i], s = sin[m][i];
-        else load_rotation(row, i, c, s);
+      for (int j = 0; j < 4; ++j) v[j] *= scales[token(e)], w[j] *= scales[token(e)];
+    if constexpr (MODE == QKV) {
+      const int head = rows.row / (HEAD_DIM / 2), d = rows.row % (HEAD_DIM / 2);
+      if (ATTENTION_BIAS)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float x = a[2 * i + j] * scales[i] + (ATTENTION_BIAS ? __ldg(bias + j) : 0);
-          const float y = b[2 * i + j] * scales[i] + (ATTENTION_BIAS ? __ldg(bias + HEAD_DIM / 2 + j) : 0);
-          v[j] = rotated(x, y, j ? make_float2(c.y, s.y) : make_float2(c.x, s.x));
-          if (head >= HEADS) v[j] = make_float2(clipped(v[j].x), clipped(v[j].y));
+        for (int j = 0; j < 4; ++j) {
+          v[j] += __ldg(p.bias + head * HEAD_DIM + d + j);
+          w[j] += __ldg(p.bias + head * HEAD_DIM + d + HEAD_DIM / 2 + j);
         }
-        u16* to = (head < HEADS ? p.q + (size_t)(token + 8 * i) * Q_SIZE + head * HEAD_DIM : cache_place(p.keys, p.values, head, slots[i])) + d;
-        *reinterpret_cast<u32*>(to) = pack2(v[0].x, v[1].x);
-        *reinterpret_cast<u32*>(to + HEAD_DIM / 2) = pack2(v[0].y, v[1].y);
-      }
-    } else if (MODE == OUT || MODE == DOWN) {
-      const bool has_bias = MODE == OUT ? ATTENTION_BIAS : MLP_BIAS;
-      const float2 bias = has_bias ? make_float2(__ldg(p.bias + row), __ldg(p.bias + row + 1)) : make_float2(0, 0);
+      float4 c4, s4;
+      if constexpr (LOADS_ROTATIONS) c4 = cos[b][e], s4 = sin[b][e];
+      else load_rotation(rows, e, c4, s4);
+      const float cosines[4] = {c4.x, c4.y, c4.z, c4.w}, sines[4] = {s4.x, s4.y, s4.z, s4.w};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!has(i)) continue;
-        const float2 v = make_float2(a[2 * i] + bias.x + residual[m][i].x, a[2 * i + 1] + bias.y + residual[m][i].y);
-        squares[i] += v.x * v.x + v.y * v.y;
-        const size_t at = (size_t)(token + 8 * i) * HIDDEN + row;
-        __stcg(reinterpret_cast<float2*>(p.h + at), v);
-        if (p.gamma) *reinterpret_cast<u32*>(p.next + at) = pack2(clipped(v.x * gamma[m].x * SCALE), clipped(v.y * gamma[m].y * SCALE));
+      for (int j = 0; j < 4; ++j) {
+        const float2 r = rotated(v[j], w[j], make_float2(cosines[j], sines[j]));
+        v[j] = head < HEADS ? r.x : clipped(r.x);
+        w[j] = head < HEADS ? r.y : clipped(r.y);
       }
-    } else if (MODE == GATE_UP) {
-      const float* bias = p.bias + row;
+      u16* to = (head < HEADS ? p.q + (size_t)token(e) * Q_SIZE + head * HEAD_DIM : cache_place(p.keys, p.values, head, slots[e])) + d;
+      store_four(to, v);
+      store_four(to + HEAD_DIM / 2, w);
+    } else if constexpr (ADDS) {
+      const float before[4] = {residual[b][e].x, residual[b][e].y, residual[b][e].z, residual[b][e].w};
+      const float by[4] = {gamma[b].x, gamma[b].y, gamma[b].z, gamma[b].w};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!has(i)) continue;
-        float made[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float gate = a[2 * i + j] * scales[i] + (MLP_BIAS ? __ldg(bias + j) : 0);
-          const float up = b[2 * i + j] * scales[i] + (MLP_BIAS ? __ldg(bias + FFN + j) : 0);
-          made[j] = fast_silu(gate) * up;
-        }
-        *reinterpret_cast<u32*>(p.y + (size_t)(token + 8 * i) * FFN + row) = pack2(made[0], made[1]);
+      for (int j = 0; j < 4; ++j) {
+        if (MODE == OUT ? ATTENTION_BIAS : MLP_BIAS) v[j] += __ldg(p.bias + rows.row + j);
+        v[j] += before[j];
+        squares[e] += v[j] * v[j];
+        w[j] = clipped(v[j] * by[j] * SCALE);
       }
+      const size_t at = (size_t)token(e) * HIDDEN + rows.row;
+      __stcg(reinterpret_cast<float4*>(p.h + at), make_float4(v[0], v[1], v[2], v[3]));
+      if (p.gamma) store_four(p.next + at, w);
+    } else if constexpr (MODE == GATE_UP) {
+      u32* to = reinterpret_cast<u32*>(p.y + (size_t)token(e) * FFN + rows.row);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (MLP_BIAS && j < rows.num) v[j] += __ldg(p.bias + rows.row + j), w[j] += __ldg(p.bias + FFN + rows.row + j);
+        v[j] = fast_silu(v[j]) * w[j];
+      }
+      to[0] = pack2(v[0], v[1]);
+      if (rows.num > 2) to[1] = pack2(v[2], v[3]);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!has(i)) continue;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (row + j >= VOCAB) continue;
-          const float v = a[2 * i + j];
-          p.logits[(size_t)(token + 8 * i) * VOCAB + row + j] = v;
-          if (v > best[i].x) best[i] = make_float2(v, __int_as_float(row + j));
-        }
+      for (int j = 0; j < 4; ++j) {
+        if (j >= rows.num) break;
+        p.logits[(size_t)token(e) * VOCAB + rows.row + j] = v[j];
+        if (v[j] > best[e].x) best[e] = make_float2(v[j], __int_as_float(rows.row + j));
       }
     }
   }
-  // What the CTA has of each token over all its rows.
-  __device__ __forceinline__ void end() {
+  // What the CTA has of each token over all its rows, in a fixed order. `words`: [COMPUTE][TOKENS] of float2 or float.
+  __device__ __forceinline__ void finish(float* words, int rank) {
+    if constexpr (ADDS || MODE == HEAD) {
+      float2* pairs = reinterpret_cast<float2*>(words);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = token + 8 * i;
-      if (MODE == HEAD) {
-        const float2 v = better_of_lanes(best[i], 1, 4);
-        if (lane % 4 == 0) p.best[blockIdx.x * TOKENS + at] = v;
-      } else if (MODE == OUT || MODE == DOWN) {
-        float v = squares[i];
-        v += __shfl_xor_sync(~0u, v, 1);
-        v += __shfl_xor_sync(~0u, v, 2);
-        if (lane % 4 == 0) p.new_sums[at * gridDim.x + blockIdx.x] = v;
+      for (int e = 0; e < MINE; ++e) {
+        const int at = warp * TOKENS + token(e);
+        if constexpr (MODE == HEAD) {
+          const float2 v = better_of_lanes(best[e], 1, 4);
+          if (t == 0) pairs[at] = v;
+        } else {
+          float v = squares[e];
+          v += __shfl_xor_sync(~0u, v, 1);
+          v += __shfl_xor_sync(~0u, v, 2);
+          if (t == 0) words[at] = v;
+        }
+      }
+      named_barrier(1, COMPUTE * 32);
+      const int token = threadIdx.x;
+      if (token >= TOKENS) return;
+      const bool is_mine = MINE == EIGHTS || token / 8 / MINE == rank;
+      if constexpr (MODE == HEAD) {
+        float2 mine = pairs[token];
+        for (int w = 1; w < COMPUTE; ++w)
+          if (is_better(pairs[w * TOKENS + token], mine)) mine = pairs[w * TOKENS + token];
+        p.best[blockIdx.x * TOKENS + token] = mine;
+      } else {
+        float sum = 0;
+        for (int w = 0; is_mine && w < COMPUTE; ++w) sum += words[w * TOKENS + token];
+        p.new_sums[token * gridDim.x + blockIdx.x] = sum;
       }
     }
   }
@@ -248,79 +293,92 @@ __device__ __forceinline__ void work_out_scales(const Args& p, float* scales, u3
   mbar_arrive(done);
 }
 
+// A lane's sums of half of the tokens, from eight FIRST on, and where the cluster exchanges them: call(four sums, address).
+template <class C, int FIRST, class Call>
+__device__ __forceinline__ void exchange(float (&d)[C::HALVES][C::BLOCKS][TOKENS / 2], u32 place, Call call) {
+#pragma unroll
+  for (int half = 0; half < C::HALVES; ++half)
+#pragma unroll
+    for (int b = 0; b < C::BLOCKS; ++b)
+#pragma unroll
+      for (int e = 0; e < C::MINE; ++e) call(d[half][b] + 4 * (FIRST + e), place + ((half * C::BLOCKS + b) * C::MINE + e) * (C::SENDERS * 16));
+}
+
 template <int MODE, int K>
 __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, const TensorMap& input) {
   using C = Cut<MODE, K>;
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
   unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, rank = C::CLUSTER == 2 ? cluster_rank() : 0, peer = rank ^ 1;
-  const int input_bytes = (p.num_tokens + 7) / 8 * 8 * ROW_BYTES, stage_bytes = input_bytes + C::N * ROW_BYTES;
-  const int num_stages = min((C::RING - max(stage_bytes, OPERAND)) / stage_bytes + 1, MAX_STAGES);
   const u32 data = smem32(shared), sums = data + C::RING, full = sums + C::RECEIVED, empty = full + MAX_STAGES * 8;
   const u32 scaled = empty + MAX_STAGES * 8, received = scaled + 8, taken = received + 8;
-  float* scales = reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + C::BARRIERS * 8);
+  float* turned = reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + C::BARRIERS * 8);    // [COMPUTE][TURNED]
+  float* words = turned + COMPUTE * TURNED;            // [COMPUTE][TOKENS] pairs
+  float* scales = words + COMPUTE * 2 * TOKENS;
   // Units and chunks of a CTA, or of a cluster and of a CTA.
   const int party = blockIdx.x / C::CLUSTER, num_parties = gridDim.x / C::CLUSTER;
   const int first_unit = (int)((long long)C::UNITS * party / num_parties), last_unit = (int)((long long)C::UNITS * (party + 1) / num_parties);
-  const int first_chunk = C::CHUNKS * rank / C::CLUSTER, last_chunk = C::CHUNKS * (rank + 1) / C::CLUSTER;
+  const int first_chunk = C::CHUNKS * rank / C::CLUSTER, num_chunks = C::CHUNKS * (rank + 1) / C::CLUSTER - first_chunk;
 
-  if (tid < num_stages) {
+  if (tid < C::STAGES) {
     mbar_init(full + tid * 8, 1);
     mbar_init(empty + tid * 8, COMPUTE);
   }
   if (tid == 0) {
     mbar_init(scaled, HELPERS * 32);
     mbar_init(received, 1);
-    mbar_init(taken, COMPUTE);
+    mbar_init(taken, 1);
   }
   mbar_init_fence();
   launch_dependents();
   __syncthreads();
   if (C::CLUSTER == 2) {
-    if (tid == 0) mbar_expect(received, (rank ? C::GROUPS - C::MINE : C::MINE) * C::HALVES * COMPUTE * 32 * 16);
+    if (tid == 0) mbar_expect(received, C::RECEIVED);
     cluster_arrive();
   }
 
   if (warp == COMPUTE) {
     if (lane == 0) {
       const u64 policy = evict_first();
+      const int input_bytes = (p.num_tokens + 7) / 8 * 8 * ROW_BYTES;
       // Chunks of all tiles in order; the copies of weights and of the input go through them apart.
       struct At {
         int unit, chunk;
       };
       auto next = [&](At& at) {
-        if (++at.chunk == last_chunk) {
-          at.chunk = first_chunk;
-          at.unit += C::MOST;
-        }
+        if (++at.chunk < num_chunks) return;
+        at.chunk = 0;
+        at.unit += C::MOST;
       };
       auto load_weights = [&](const At& at, int stage) {
-        const int num = min(C::MOST, last_unit - at.unit);
-        const u32 bar = full + stage * 8, to = data + stage * stage_bytes + input_bytes;
+        const int num = min(C::MOST, last_unit - at.unit), x = (first_chunk + at.chunk) * COLUMNS;
+        const u32 bar = full + stage * 8, to = data + stage * C::STAGE + C::INPUT;
         mbar_expect(bar, input_bytes + num * C::HALVES * C::UNIT * ROW_BYTES);
 #pragma unroll
         for (int u = 0; u < C::MOST; ++u) {
           if (u == num) break;
           const int row = (at.unit + u) * C::UNIT;
+          if constexpr (C::ALTERNATES) {
+            const u32 there = to + u * C::SLOT * 2 * ROW_BYTES;
+            box_load_halves(there, weights, x, row % (HEAD_DIM / 2) / 8, row / (HEAD_DIM / 2), bar, policy);
+          } else {
 #pragma unroll
-          for (int half = 0; half < C::HALVES; half += C::JOINED ? 2 : 1) {
-            const int y = MODE == QKV ? row % (HEAD_DIM / 2) : row, z = MODE == QKV ? row / (HEAD_DIM / 2) * 2 + half : half;
-            box_load(to + (u * C::HALVES + half) * C::SLOT * ROW_BYTES, weights, at.chunk * COLUMNS, y, z, bar, policy);
+            for (int half = 0; half < C::HALVES; ++half) box_load(to + half * C::OTHER + u * C::SLOT * ROW_BYTES, weights, x, row, half, bar, policy);
           }
         }
       };
       auto load_input = [&](const At& at, int stage) {
-        box_load_kept(data + stage * stage_bytes, input, at.chunk * COLUMNS, 0, 0, full + stage * 8);
+        box_load_kept(data + stage * C::STAGE, input, (first_chunk + at.chunk) * COLUMNS, 0, 0, full + stage * 8);
       };
-      At at{first_unit, first_chunk}, early = at;
+      At at{first_unit, 0}, early = at;
       int num_early = 0;
       // The last stage is requested behind the input, which waits behind all copies that are under way.
-      for (; num_early < num_stages - 1 && early.unit < last_unit; ++num_early, next(early)) load_weights(early, num_early);
+      for (; num_early < C::STAGES - 1 && early.unit < last_unit; ++num_early, next(early)) load_weights(early, num_early);
       grid_wait();
       global_async_fence();
       for (int i = 0; i < num_early; ++i, next(at)) load_input(at, i);
-      Turn turn{num_early, 1};
-      for (; at.unit < last_unit; next(at), turn.next(num_stages)) {
+      Turn<C::STAGES> turn{num_early, 1};
+      for (; at.unit < last_unit; next(at), turn.next()) {
         mbar_wait(empty + turn.at * 8, turn.parity);        // at once, of what was never used
         load_weights(at, turn.at);
         load_input(at, turn.at);
@@ -333,32 +391,34 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
     if (SCALED) work_out_scales<K>(p, scales, scaled, warp - COMPUTE - 1, lane);
     if (C::CLUSTER == 2) cluster_wait();
   } else {
-    Finish<MODE, K> finish(p, warp, lane);
+    Finish<MODE, K> finish(p, turned, warp, lane, rank);
     finish.load_tokens();
     grid_wait();
-    float factors[2] = {1, 1};
-    bool is_scaled = !SCALED;
-    Turn turn;
+    const bool finishes = C::CLUSTER == 1 || C::MINE < EIGHTS || warp / 2 == rank, sends = C::CLUSTER == 2 && (C::MINE < EIGHTS || warp / 2 != rank);
+    Turn<C::STAGES> turn;
     u32 parity = 0;
-    const int from = rank * C::MINE;
     if (C::CLUSTER == 2) cluster_wait();      // the other CTA's barriers are there
     for (int unit = first_unit; unit < last_unit; unit += C::MOST) {
-      const int end = min(unit + C::MOST, last_unit);
-      finish.load(unit, end, from);
-      float d[C::N / 2];
+      if (finishes) finish.begin(unit, min(unit + C::MOST, last_unit));
+      float d[C::HALVES][C::BLOCKS][TOKENS / 2];
       int before = 0;
       auto release = [&]() {
         if (lane == 0) mbar_arrive(empty + before * 8);
       };
-      for (int chunk = first_chunk; chunk < last_chunk; ++chunk, turn.next(num_stages)) {
+      for (int chunk = 0; chunk < num_chunks; ++chunk, turn.next()) {
         mbar_wait(full + turn.at * 8, turn.parity);
-        const u32 stage = data + turn.at * stage_bytes;
-        const u64 x = matrix(stage), w = matrix(stage + input_bytes);
+        const u32 stage = data + turn.at * C::STAGE;
+        const u64 x = matrix(stage), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < COLUMNS / 16; ++k) wgmmas<C::N>(d, x + 2 * k, w + 2 * k, k ? 1 : chunk - first_chunk);
+        for (int k = 0; k < COLUMNS / 16; ++k)
+#pragma unroll
+          for (int half = 0; half < C::HALVES; ++half)
+#pragma unroll
+            for (int b = 0; b < C::BLOCKS; ++b)
+              wgmma<TOKENS>(d[half][b], w + (half * C::OTHER + b * BLOCK * (C::ALTERNATES ? 2 : 1) * ROW_BYTES) / 16 + 2 * k, x + 2 * k, k ? 1 : chunk);
         wgmma_commit();
-        if (chunk > first_chunk) {  // the products before have ended
+        if (chunk) {        // the products before have ended
           wgmma_wait<1>();
           release();
         }
@@ -366,70 +426,46 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
       }
       wgmma_wait<0>();
       release();
-      if (!is_scaled) {
-        mbar_wait(scaled, 0);
-        for (int i = 0; i < 2; ++i) factors[i] = finish.has(i) ? scales[finish.token + 8 * i] : 1;
-        is_scaled = true;
-      }
-      auto sums_of = [&](float (&to)[4], int group, int half) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) to[j] = d[C::at(group, half) + j];
-      };
+      if (SCALED) mbar_wait(scaled, 0);
       if constexpr (C::CLUSTER == 2) {
-        // Half of the groups are the other CTA's to finish.
-        if (unit > first_unit) mbar_wait(taken, parity ^ 1);
-        auto give = [&](int first, int last) {
-#pragma unroll
-          for (int group = 0; group < C::GROUPS; ++group)
-#pragma unroll
-            for (int half = 0; half < C::HALVES; ++half) {
-              if (group < first || group >= last) continue;
-              float v[4];
-              sums_of(v, group, half);
-              const u32 to = sums + (((group - first) * C::HALVES + half) * COMPUTE * 32 + tid) * 16;
-              send(remote(to, peer), make_float4(v[0], v[1], v[2], v[3]), remote(received, peer));
-            }
+        const u32 place = sums + (tid % C::SENDERS) * 16;
+        auto give = [&](float* v, u32 to) { send(remote(to, peer), make_float4(v[0], v[1], v[2], v[3]), remote(received, peer)); };
+        auto take = [&](float* v, u32 from) {
+          const uint4 other = lds128(from);
+          v[0] += __uint_as_float(other.x);
+          v[1] += __uint_as_float(other.y);
+          v[2] += __uint_as_float(other.z);
+          v[3] += __uint_as_float(other.w);
         };
-        if (rank == 0) give(C::MINE, C::GROUPS);
-        else give(0, C::MINE);
-        mbar_wait(received, parity);
-        parity ^= 1;
-        auto take = [&](int first, int last) {
-#pragma unroll
-          for (int group = 0; group < C::GROUPS; ++group) {
-            if (group < first || group >= last) continue;
-            float v[2][4] = {};
-#pragma unroll
-            for (int half = 0; half < C::HALVES; ++half) {
-              sums_of(v[half], group, half);
-              const uint4 other = lds128(sums + (((group - first) * C::HALVES + half) * COMPUTE * 32 + tid) * 16);
-              v[half][0] += __uint_as_float(other.x);
-              v[half][1] += __uint_as_float(other.y);
-              v[half][2] += __uint_as_float(other.z);
-              v[half][3] += __uint_as_float(other.w);
+        if (sends) {
+          if (unit > first_unit) mbar_wait(taken, parity ^ 1);
+          if (C::MINE == EIGHTS || rank) exchange<C, 0>(d, place, give);
+          else exchange<C, EIGHTS - C::MINE>(d, place, give);
+        }
+        if (finishes) {
+          mbar_wait(received, parity);
+          if (C::MINE == EIGHTS || !rank) exchange<C, 0>(d, place, take);
+          else exchange<C, EIGHTS - C::MINE>(d, place, take);
+          if (unit + C::MOST < last_unit) {   // what was received has been read
+            named_barrier(2, C::SENDERS);
+            if (tid % C::SENDERS == 0) {
+              mbar_expect(received, C::RECEIVED);     // before the other CTA is told that it may send the next
+              arrive_remotely(remote(taken, peer));
             }
-            if (finish.is_there(unit, end, group)) finish.store(unit, group, group - first, v[0], v[1], factors);
           }
-        };
-        if (rank == 0) take(0, C::MINE);
-        else take(C::MINE, C::GROUPS);
-        if (end < last_unit) {      // there is another tile: what was received has been read
-          named_barrier(1, COMPUTE * 32);
-          if (tid == 0) mbar_expect(received, (rank ? C::GROUPS - C::MINE : C::MINE) * C::HALVES * COMPUTE * 32 * 16);
-          named_barrier(1, COMPUTE * 32);
-          if (lane == 0) arrive_remotely(remote(taken, peer));
         }
-      } else {
-#pragma unroll
-        for (int group = 0; group < C::GROUPS; ++group) {
-          float v[2][4] = {};
-#pragma unroll
-          for (int half = 0; half < C::HALVES; ++half) sums_of(v[half], group, half);
-          if (finish.is_there(unit, end, group)) finish.store(unit, group, group, v[0], v[1], factors);
-        }
+        parity ^= 1;
       }
+      auto store = [&](int first) {
+#pragma unroll
+        for (int b = 0; b < C::BLOCKS; ++b)
+#pragma unroll
+          for (int e = 0; e < C::MINE; ++e) finish.store(d[0][b] + 4 * (first + e), d[C::HALVES - 1][b] + 4 * (first + e), b, e, scales);
+      };
+      if (C::MINE < EIGHTS && rank) store(EIGHTS - C::MINE);
+      else if (finishes) store(0);
     }
-    finish.end();
+    finish.finish(words, rank);
     if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
   }
   // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
