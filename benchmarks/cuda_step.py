@@ -6,8 +6,8 @@
 
 Weights are random; a step is one CUDA graph: forward, head, greedy sampling. For each batch it also
 times graphs of one operation over all layers. `--plain` launches kernels one after the other,
-`--unfused` does without the target's own kernels for a few tokens. `--compare` times every step
-also without the target's own products for more, in turn, and says how far the logits are apart.
+`--unfused` does without the target's own kernels. `--compare` times every step also without them,
+in turn, and says how far the logits are apart.
 `--profile` says what each kernel of a step took, by torch's profiler.
 Needs a GPU and Triton.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without overlapping kernels")
     parser.add_argument("--unfused", action="store_true", help="portable kernels only")
     parser.add_argument(
-        "--compare", action="store_true", help="also without products of the target's own"
+        "--compare", action="store_true", help="also without the target's own kernels"
     )
     parser.add_argument("--profile", action="store_true", help="what each kernel of a step took")
     parser.add_argument("--direct", type=int, help="direct_tokens instead of the table's")
@@ -72,8 +72,8 @@ def main() -> None:
         for batch in args.decode
     }
     steps |= {f"prefill {num_tokens}": bench.prefill(num_tokens) for num_tokens in args.prefill}
-    without = replace(choices, stream_k_tokens=0, swiglu_tokens=None, attend_seqs=0)
-    others = bench.with_choices(without) if args.compare else None
+    without = replace(choices, swiglu_tokens=None)
+    others = bench.with_choices(without, is_fused=False) if args.compare else None
     for what, batch in steps.items():
         logits_LV = bench.report(what, batch, bench.ops)
         if others:
@@ -94,12 +94,10 @@ class Steps:
         is_fused: bool,
         is_profiled: bool,
     ) -> None:
-        from puna.cuda.attend import attend
         from puna.cuda.driver import Driver
-        from puna.cuda.few import fused_ops
+        from puna.cuda.fused_ops import fused_ops
         from puna.cuda.graphs import GraphRecorder
         from puna.cuda.library import Library
-        from puna.cuda.stream_k import stream_k
         from puna.cuda.swiglu import swiglu
 
         self.torch, self.config, self.weight_bytes = torch, config, 0
@@ -118,23 +116,19 @@ class Steps:
         given = config, kernels, driver, self.arrays, num_ctas
         self._given: Any = config, 0, kernels, self.arrays, GraphRecorder()
         self._fused = fused_ops(*given) if is_fused else ()
-        self._stream_k = stream_k(*given) if is_fused else None
         self._swiglu = swiglu(config, kernels, driver, num_ctas) if is_fused else None
-        self._attend = attend(*given) if is_fused else None
         self.ops = self.with_choices(choices)
         self.model = self._model()
 
-    def with_choices(self, choices: Choices) -> CudaOps:
+    def with_choices(self, choices: Choices, *, is_fused: bool = True) -> CudaOps:
         """Operations over the same arrays."""
         from puna.cuda.ops import CudaOps
 
         return CudaOps(
             *self._given,
             choices,
-            fused=self._fused,
-            stream_k=self._stream_k,
+            fused=self._fused if is_fused else (),
             swiglu=self._swiglu,
-            attend=self._attend,
         )
 
     def _model(self) -> Llama:

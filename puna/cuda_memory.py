@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from puna.cuda.attend_plan import attend_pieces, has_attend
-from puna.cuda.fused_plan import MAX_SPLITS, fused_rows
+from puna.cuda.attend_plan import attend_pieces
+from puna.cuda.fused_plan import MAX_SPLITS, has_fused
 from puna.cuda.gemm_shapes import num_splits
 from puna.cuda.shapes import fused_shapes
-from puna.cuda.stream_k_plan import part_numbers
-from puna.cuda.wide_plan import TOKENS, has_wide
+from puna.cuda.wide_plan import has_wide, most_tokens
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -85,25 +84,30 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "last_tokens_R": (INT32, (num_seqs,)),
         **_fused_specs(config),
         **_attend_specs(config),
-        **({"stream_k_parts": (FLOAT32, (parts,))} if (parts := part_numbers(config)) else {}),
     }
 
 
 def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
     """Scratch of the fused kernels, where the engine has them; all of it begins as zeros."""
-    rows = max(fused_rows(config), default=0)
-    rows = TOKENS[-1] if has_wide(config) else rows
-    if not rows:
+    has_one, has_several = has_fused(config), has_wide(config)
+    if not has_one and not has_several:
         return {}
     s = fused_shapes(config)
     all_heads = s.num_heads + 2 * s.num_kv_heads
     split = (s.num_kv_heads, MAX_SPLITS, s.group, s.head_dim + 2)
-    return {
+    of_one = {
         "fused_part": (FLOAT32, split),
+        "fused_fresh": (INT32, (all_heads, s.head_dim // 2, 2)),
+        "fused_split_count": (INT32, (s.num_kv_heads,)),
+    }
+    rows = most_tokens(config) if has_several else 1
+    of_several = {
         "fused_next": (DTYPES[config.dtype], (rows, s.hidden)),
         "fused_sums": (FLOAT32, (MAX_MULTIPROCESSORS, rows)),
-        "fused_fresh": (INT32, (rows, all_heads, s.head_dim // 2, 2)),
-        "fused_split_count": (INT32, (s.num_kv_heads,)),
+    }
+    return {
+        **(of_one if has_one else {}),
+        **(of_several if has_several else {}),
         "fused_best": (FLOAT32, (MAX_MULTIPROCESSORS, rows, 2)),
         "fused_epoch": (INT32, (4,)),
         "fused_error": (INT32, (4,)),
@@ -112,7 +116,7 @@ def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
 
 def _attend_specs(config: EngineConfig) -> dict[str, ArraySpec]:
     """Scratch of decode attention as a kernel of the target's own; it begins as zeros."""
-    if not has_attend(config):
+    if not has_wide(config):
         return {}
     return {
         "attend_pieces": (FLOAT32, attend_pieces(config, MAX_MULTIPROCESSORS)),

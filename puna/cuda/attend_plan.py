@@ -14,7 +14,7 @@ MAX_SEQS = 64
 # Of keys or values, the innermost dimension first: half a stage or all of one.
 CACHE_BOX = (64, 32, 1)
 MAX_SHARED = 227 * 1024  # of a CTA, bytes
-_OF_A_MULTIPROCESSOR, _RESERVED = 228 * 1024, 1024  # reserved: of each CTA
+OF_A_MULTIPROCESSOR, RESERVED = 228 * 1024, 1024  # reserved: of each CTA
 _RING_BYTES = 16 * 1024  # of a warp
 # Most registers of a thread, and of one of the products beside it: of each quarter of a
 # multiprocessor one warp of attention and two of a product share 512 a lane.
@@ -42,7 +42,7 @@ def attend_shared_bytes(s: FusedShapes, seqs: int) -> int:
 
 def room_beside(s: FusedShapes) -> int:
     """Bytes of shared memory that a CTA may have to be resident beside one of attention."""
-    return _OF_A_MULTIPROCESSOR - attend_shared_bytes(s, MAX_SEQS) - 2 * _RESERVED
+    return OF_A_MULTIPROCESSOR - attend_shared_bytes(s, MAX_SEQS) - 2 * RESERVED
 
 
 def attend_pieces(config: EngineConfig, num_ctas: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from puna.batch import ForwardBatch
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.library import Library
+from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import FusedMaps
 from puna.cuda.shapes import FusedShapes
 from puna.ops import LayerCache, Norm, RopeTable, Stream
@@ -42,13 +42,13 @@ class FusedDecode:
     def __init__(
         self,
         shapes: FusedShapes,
-        library: Library,
+        kernels: Kernels,
         driver: Driver,
         arrays: dict[str, Tensor],
         num_ctas: int,
     ) -> None:
         assert num_ctas <= len(arrays["fused_best"]), num_ctas
-        self._library = library
+        self._kernels = kernels
         self._arrays = arrays
         self._num_ctas = num_ctas
         self._projection: _Projection | None = None
@@ -135,13 +135,13 @@ class FusedDecode:
     def sample_greedy(self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor) -> None:
         best, error = self._arrays["fused_best"], self._arrays["fused_error"]
         arguments = (best, rows_L, last_tokens_R, out_tokens_L, error, self._num_ctas)
-        self._library.launch("pick_1", (1, 1, 1), arguments, True)
+        self._kernels.launch("pick_1", (1, 1, 1), arguments, True)
 
     def finish(self) -> None:
         """Nothing is held back."""
 
     def _launch(self, kernel: str, *arguments: Tensor | TensorMap | int) -> None:
-        self._library.launch(f"{kernel}_1", (self._num_ctas, 1, 1), arguments, True)
+        self._kernels.launch(f"{kernel}_1", (self._num_ctas, 1, 1), arguments, True)
 
     def _bias(self, bias_N: Tensor | None) -> Tensor:
         """The bias, or what stands for it where the kernel reads none."""

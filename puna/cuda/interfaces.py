@@ -69,7 +69,7 @@ class Recorder(Protocol):
 
 
 class FusedOps(Protocol):
-    """Operations for a few tokens at once that are kernels of their own on some target.
+    """Operations for some tokens at once that are kernels of their own on some target.
 
     Those named in `operations` are used up to some number of tokens (qkv and attention: of a
     decode batch), the others are as they are without. They read the residual and add straight
@@ -125,28 +125,6 @@ class FusedOps(Protocol):
         ...
 
 
-class StreamKProducts(Protocol):
-    """Products of some target for up to `most_tokens` tokens, in parts that their reader adds:
-    `puna.cuda.stream_k.StreamK`."""
-
-    most_tokens: int
-    parts: Tensor
-
-    def cut(self, role: str) -> tuple[int, int]:
-        """Of a role's product: CTAs, and chunks of a block; for whoever reads it."""
-        ...
-
-    def product(
-        self, role: str, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, overlaps: bool
-    ) -> None:
-        """`parts` = x W^T + bias. `overlaps` as in `Kernels.launch`."""
-        ...
-
-    def logits(
-        self, x_LK: Tensor, weight_NK: Tensor, logits_LV: Tensor, overlaps: bool
-    ) -> None: ...
-
-
 class SwigluProduct(Protocol):
     """gate_up of many tokens as one kernel: `puna.cuda.swiglu.Swiglu`."""
 
@@ -157,15 +135,4 @@ class SwigluProduct(Protocol):
         bias_N: Tensor | None,
         act_TF: Tensor,
         overlaps: bool,
-    ) -> None: ...
-
-
-class DecodeAttention(Protocol):
-    """Attention of a decode batch of up to `most_seqs` sequences as one kernel:
-    `puna.cuda.attend.Attend`. Queries are rotated, keys and values appended."""
-
-    most_seqs: int
-
-    def attend(
-        self, q_SQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_SQ: Tensor, overlaps: bool
     ) -> None: ...

@@ -11,11 +11,6 @@ import math
 from dataclasses import dataclass, replace
 
 from puna.cuda.gemm_shapes import early_columns, gemm_shape, overlaps, stretch
-from puna.cuda.stream_k_plan import (
-    PART_TOKENS,
-    Cut,
-    stream_k_cuts,
-)
 from puna.cuda_memory import (
     ARGMAX_CHUNK,
     MAX_PARTS,
@@ -97,11 +92,10 @@ def triton_kernels(config: EngineConfig) -> tuple[TritonKernel, ...]:
     """Every Triton kernel of an engine."""
     shapes, dtype = _shapes(config), {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     spec, target = config.spec, config.target
-    cuts, biases = stream_k_cuts(config), (spec.attention_bias, spec.mlp_bias)
+    biases = spec.attention_bias, spec.mlp_bias
     qkv = [_Product("", dtype), _Product("_parts", "*fp32", shapes.qkv_splits)]
-    qkv += [_of_stream_k(cuts["qkv"])] if cuts else []
     kernels = (
-        *_row_kernels(shapes, dtype, qkv, cuts, spec.rms_norm_eps, *biases),
+        *_row_kernels(shapes, dtype, qkv, spec.rms_norm_eps, *biases),
         *_gemms(shapes, dtype, target, *biases),
         _prefill(shapes, dtype, target),
         *_decode(shapes, dtype, target, qkv, spec.attention_bias),
@@ -130,37 +124,24 @@ def _shapes(config: EngineConfig) -> _Shapes:
     )
 
 
-# How a product was cut, for who reads its parts.
-_CUT = (("num_ctas", "i32"), ("num_chunks", "i32"))
-
-
 @dataclass(frozen=True)
 class _Product:
-    """How a kernel reads a product: of `kind`, whole or in at most `splits` parts (the other
-    constants as in `puna.cuda.kernels.rows`). `suffix`: of the kernel's name."""
+    """How a kernel reads a product: of `kind`, whole or in `splits` parts. `suffix`: of the
+    kernel's name."""
 
     suffix: str
     kind: str
     splits: int = 1
-    part_rows: int = PART_ROWS
-    blocks: int = 0
 
     @property
     def constants(self) -> tuple[tuple[str, Constant], ...]:
-        return ("SPLITS", self.splits), ("PART_ROWS", self.part_rows), ("BLOCKS", self.blocks)
-
-
-def _of_stream_k(*cuts: Cut) -> _Product:
-    """Products of as many rows that one kernel reads."""
-    most = max(cut.most_parts for cut in cuts)
-    return _Product("_stream_k", "*fp32", most, PART_TOKENS, cuts[0].num_blocks)
+        return ("SPLITS", self.splits), ("PART_ROWS", PART_ROWS)
 
 
 def _row_kernels(
     s: _Shapes,
     dtype: str,
     qkv: list[_Product],
-    cuts: dict[str, Cut],
     eps: float,
     attention_bias: bool,
     mlp_bias: bool,
@@ -168,10 +149,6 @@ def _row_kernels(
     # What of a stream is beside its residual: nothing, `partial`, or the parts of a product.
     beside = [_Product("", dtype), _Product("_partial", dtype)]
     beside.append(_Product("_parts", "*fp32", s.splits))
-    gate_up = [_Product("", dtype)]
-    if cuts:
-        beside.append(_of_stream_k(cuts["o"], cuts["down"]))
-        gate_up.append(_of_stream_k(cuts["gate_up"]))
     kernels = _stream_kernels(s, dtype, beside, eps)
     rotated = (("H", s.h), ("K", s.k), ("E", s.e), ("P", s.p), ("XS", s.qkv))
     rotated += (("K_AT", s.k_at), ("V_AT", s.v_at), ("HAS_BIAS", attention_bias))
@@ -180,16 +157,14 @@ def _row_kernels(
     for it in qkv:
         rope = (("qkv_TX", it.kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"), ("sin_PE", "*fp32"))
         rope += (("positions_T", "*i32"), ("slots_T", "*i32"), ("q_TQ", dtype))
-        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype), *_CUT)
+        rope += (("keys_NKPE", dtype), ("values_NKPE", dtype))
         constants, name = (*rotated, *it.constants), f"rope_append{it.suffix}"
         kernels.append(TritonKernel(name, "rows", "rope_append", rope, constants, 4, 1))
     up_at = padded_rows(s.f)
     activated = (("F", s.f), ("XS", 2 * up_at), ("UP_AT", up_at), ("HAS_BIAS", mlp_bias))
     activated += (("BLOCK", ROW_BLOCK),)
-    for it in gate_up:
-        silu = (("gate_up_TX", it.kind), ("bias_N", "*fp32"), ("act_TF", dtype), *_CUT)
-        constants, name = (*activated, *it.constants), f"silu_mul{it.suffix}"
-        kernels.append(TritonKernel(name, "rows", "silu_mul", silu, constants, 4, 1))
+    silu = (("gate_up_TX", dtype), ("bias_N", "*fp32"), ("act_TF", dtype))
+    kernels.append(TritonKernel("silu_mul", "rows", "silu_mul", silu, activated, 4, 1))
     if attention_bias or mlp_bias:
         bias = (("y_TN", dtype), ("bias_N", "*fp32"))
         constants = (("N", s.d), ("BLOCK", ROW_BLOCK))
@@ -208,12 +183,12 @@ def _stream_kernels(
     for it in beside:
         is_beside = bool(it.suffix)
         embed = (("ids_T", "*i32"), ("last_tokens_R", "*i32"), ("table_VD", dtype))
-        embed += (("residual_TD", "*fp32"), ("partial_TD", it.kind), *_CUT)
+        embed += (("residual_TD", "*fp32"), ("partial_TD", it.kind))
         constants = (*table, ("CLEARS", is_beside), *it.constants)
         name = f"embed{it.suffix}"
         kernels.append(TritonKernel(name, "rows", "embed", embed, constants, warps, 1))
         norm = (("residual_TD", "*fp32"), ("partial_TD", it.kind), ("weight_D", "*fp32"))
-        norm += (("out_TD", dtype), ("rows_L", "*i32"), *_CUT)
+        norm += (("out_TD", dtype), ("rows_L", "*i32"))
         for pick in ("", "_pick"):
             constants = (("D", s.d), ("EPS", eps), ("BLOCK", block))
             constants += (("ADD_PARTIAL", is_beside), ("PICK_ROWS", bool(pick)), *it.constants)
@@ -290,7 +265,7 @@ def _decode(
         decode = (("qkv_SX", it.kind), ("bias_N", "*fp32"), ("cos_PE", "*fp32"))
         decode += (("sin_PE", "*fp32"), ("positions_S", "*i32"), ("slots_S", "*i32"))
         decode += (("keys_NKPE", dtype), ("values_NKPE", dtype), ("block_table_SM", "*i32"))
-        decode += (("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"), *_CUT)
+        decode += (("seq_lens_S", "*i32"), *scratch, ("max_blocks", "i32"))
         name, stages, constants = f"decode{it.suffix}", _kv_stages(s, target), it.constants
         constants = (*common, *constants)
         kernels.append(TritonKernel(name, "decode", "decode", decode, constants, 4, stages))

@@ -19,12 +19,10 @@ import torch
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
 from puna.cuda.interfaces import (
-    DecodeAttention,
     FusedOps,
     Kernels,
     Matrix,
     Recorder,
-    StreamKProducts,
     SwigluProduct,
     Tensor,
     joined,
@@ -41,11 +39,10 @@ from puna.quant import Format
 @dataclass(frozen=True, slots=True)
 class _Projected:
     """The product of q, k and v, until the attention of a decode batch takes it: which kernel reads
-    it, what that is given first, and how the product was cut."""
+    it, and what that is given first."""
 
     way: str
     given: tuple[Tensor, ...]
-    cut: tuple[int, int]
 
 
 class CudaOps:
@@ -54,8 +51,8 @@ class CudaOps:
 
     `deterministic`: a row's result depends on nothing but the row (products and attention in one
     fixed order, whatever the batch). `fused` are kernels for a few tokens, where the target has
-    some: each for up to so many tokens and for more than the one before it; `stream_k` its products
-    for more, `swiglu` one of them for many, `attend` its attention of a decode batch.
+    some: each for up to so many tokens and for more than the one before it; `swiglu` one of its
+    products for many.
     """
 
     def __init__(
@@ -69,9 +66,7 @@ class CudaOps:
         *,
         deterministic: bool = False,
         fused: tuple[tuple[int, FusedOps], ...] = (),
-        stream_k: StreamKProducts | None = None,
         swiglu: SwigluProduct | None = None,
-        attend: DecodeAttention | None = None,
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
         # They read the residual alone: nothing may be left beside it.
@@ -83,7 +78,6 @@ class CudaOps:
         )
         self._choices = choices
         self._is_deterministic = deterministic
-        self._attend = attend
         self._products = Products(
             kernels,
             arrays,
@@ -91,7 +85,6 @@ class CudaOps:
             choices,
             deterministic=deterministic,
             fused=fused,
-            stream_k=stream_k if choices.stream_k_tokens else None,
             swiglu=swiglu,
         )
         # Of what is being recorded.
@@ -127,7 +120,6 @@ class CudaOps:
                 matrix.data_NK,
                 x.residual_TD,
                 array,
-                *self._products.cut("down", x),
             ),
         )
 
@@ -150,19 +142,18 @@ class CudaOps:
         assert self._projected is None, "attention follows its projection"
         num_tokens, q_size = q_TQ.shape
         normed_TD, qkv_TX = self._scratch("normed_TD", x), self._scratch("qkv_TX", x)
-        self._norm(x, norm, normed_TD, "down")
+        self._norm(x, norm, normed_TD)
         way, qkv_TX = self._products.project(x, normed_TD, weight_XK, qkv_TX)
         given = qkv_TX, self._bias(linear), rope.cos_PE, rope.sin_PE
         given += batch.positions_T, batch.slots_T
         if self._is_portable_decode(batch):
-            self._projected = _Projected(way, given, self._products.cut("qkv", x))
+            self._projected = _Projected(way, given)
             return
         _, num_kv_heads, _, head_dim = cache.values_NKPE.shape
         num_heads = q_size // head_dim + 2 * num_kv_heads
         arrays = q_TQ, cache.keys_NKEP, cache.values_NKPE
         grid = num_tokens, -(-num_heads // ROPE_HEADS), 1
-        cut = self._products.cut("qkv", x)
-        self._launches.launch(f"rope_append{way}", grid, (*given, *arrays, *cut))
+        self._launches.launch(f"rope_append{way}", grid, (*given, *arrays))
 
     def attention(
         self, q_TQ: Tensor, batch: ForwardBatch, cache: LayerCache, out: Linear, x: Stream
@@ -176,8 +167,6 @@ class CudaOps:
         attended_TQ = self._scratch("attended_TQ", x)
         if self._is_portable_decode(batch):
             self._attend_decode(batch, cache, attended_TQ)
-        elif attend := self._attend_for(batch):
-            self._launches.own(partial(attend.attend, q_TQ, batch, cache, attended_TQ))
         else:
             self._attend_prefill(q_TQ, batch, cache, attended_TQ)
         self._products.into_stream("o", attended_TQ, out, x)
@@ -203,7 +192,6 @@ class CudaOps:
                 *parts,
                 out_TQ,
                 max_blocks,
-                *projected.cut,
             ),
         )
         grid = (num_seqs, out_TQ.shape[1] // head_dim, 1)
@@ -239,7 +227,7 @@ class CudaOps:
             self._launches.fused(partial(fused.gate_up, x, norm, weight_XK, linear.bias_N, act_TF))
             return
         normed_TD = self._scratch("normed_TD", x)
-        self._norm(x, norm, normed_TD, "o")
+        self._norm(x, norm, normed_TD)
         gate_up_TX = self._scratch("gate_up_TX", x)
         self._products.gate_up(x, normed_TD, weight_XK, linear.bias_N, gate_up_TX, act_TF)
 
@@ -270,7 +258,6 @@ class CudaOps:
                 norm.weight_D,
                 normed_LD,
                 rows_L,
-                *self._products.cut("down", x),
             ),
         )
         self._products.logits(normed_LD, matrix.data_NK, logits_LV)
@@ -299,17 +286,10 @@ class CudaOps:
 
     def _is_portable_decode(self, batch: ForwardBatch) -> bool:
         """Rotation, append and attention are one kernel, the same for all targets."""
-        return batch.is_decode and not self._is_deterministic and not self._attend_for(batch)
-
-    def _attend_for(self, batch: ForwardBatch) -> DecodeAttention | None:
-        """The target's own attention, where it is to be used."""
-        if not batch.is_decode or self._is_deterministic or self._attend is None:
-            return None
-        num_seqs, most = len(batch.seq_lens_S), self._choices.attend_seqs
-        return self._attend if num_seqs <= min(most, self._attend.most_seqs) else None
+        return batch.is_decode and not self._is_deterministic
 
     def _fused_for(self, operation: str, x: Stream) -> FusedOps | None:
-        fused = self._products.few(x)
+        fused = self._products.fused(x)
         return fused if fused and operation in fused.operations else None
 
     def _scratch(self, name: str, x: Stream) -> Tensor:
@@ -319,14 +299,7 @@ class CudaOps:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if linear.bias_N is None else linear.bias_N
 
-    def _norm(
-        self, x: Stream, norm: Norm, out_LD: Tensor, before: str, rows_L: Tensor | None = None
-    ) -> None:
-        """Of all rows of the stream, or of some. `before`: the role of the product that was added
-        last."""
+    def _norm(self, x: Stream, norm: Norm, out_TD: Tensor) -> None:
         beside, array = self._products.beside(x)
-        name = f"norm{beside}" if rows_L is None else f"norm{beside}_pick"
-        rows_L = self._arrays["last_tokens_R"] if rows_L is None else rows_L
-        given = x.residual_TD, array, norm.weight_D, out_LD, rows_L
-        cut = self._products.cut(before, x)
-        self._launches.launch(name, (len(out_LD), 1, 1), (*given, *cut))
+        given = x.residual_TD, array, norm.weight_D, out_TD, self._arrays["last_tokens_R"]
+        self._launches.launch(f"norm{beside}", (len(out_TD), 1, 1), given)

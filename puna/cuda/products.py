@@ -3,10 +3,10 @@
 Beyond `Choices.direct_tokens` tokens cuBLAS computes the products: it writes `partial`, which has
 the engine's dtype, and the consumer adds it. Up to so many, and always where the engine runs
 deterministically, they are skinny ones, which add into the residual or leave parts for the consumer
-to add; `partial` is not touched. Some targets have products of their own in place of skinny ones,
-which leave parts too (`StreamKProducts`), whole operations for the fewest tokens (`FusedOps`), and
-gate_up for many (`SwigluProduct`). Which it is depends on the stream's number of
-tokens alone, so operations of one step may be recorded apart (but see `CudaOps.attention`).
+to add; `partial` is not touched. Some targets have whole operations of their own for as many
+tokens (`FusedOps`), and gate_up for many (`SwigluProduct`). Which it is depends on the stream's
+number of tokens alone, so operations of one step may be recorded apart (but see
+`CudaOps.attention`).
 
 Shape suffixes as in `puna.cuda.ops`.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import partial
 
 from puna.cuda.choices import Choices
-from puna.cuda.interfaces import FusedOps, Kernels, StreamKProducts, SwigluProduct, Tensor
+from puna.cuda.interfaces import FusedOps, Kernels, SwigluProduct, Tensor
 from puna.cuda.kernel_table import GEMM_TILES, ROW_BLOCK
 from puna.cuda.launches import Launches
 from puna.cuda_memory import PART_ROWS
@@ -36,7 +36,6 @@ class Products:
         *,
         deterministic: bool,
         fused: tuple[tuple[int, FusedOps], ...],
-        stream_k: StreamKProducts | None,
         swiglu: SwigluProduct | None,
     ) -> None:
         self._kernels = kernels
@@ -45,10 +44,9 @@ class Products:
         self._choices = choices
         self._is_deterministic = deterministic
         self._fused = () if deterministic else fused
-        self._stream_k = None if deterministic else stream_k
         self._swiglu = None if deterministic else swiglu
 
-    def few(self, x: Stream) -> FusedOps | None:
+    def fused(self, x: Stream) -> FusedOps | None:
         """The target's fused operations for a stream of so many rows."""
         num_tokens = len(x.residual_TD)
         return next((fused for most, fused in self._fused if num_tokens <= most), None)
@@ -56,26 +54,16 @@ class Products:
     def beside(self, x: Stream) -> tuple[str, Tensor]:
         """What of a stream is beside its residual, by the number of its rows: nothing, the parts of
         a product, or `partial`."""
-        if stream_k := self._stream_k_for(x):
-            return "_stream_k", stream_k.parts
         if not self._is_direct(x):
             return "_partial", x.partial_TD
-        if self.few(x) is None and self._leaves_parts("o", len(x.residual_TD)):
+        if self.fused(x) is None and self._leaves_parts("o", len(x.residual_TD)):
             return "_parts", self._arrays["product_parts"]
         return "", x.partial_TD
-
-    def cut(self, role: str, x: Stream) -> tuple[int, int]:
-        """For who reads a role's product, where its parts are the target's own."""
-        stream_k = self._stream_k_for(x)
-        return stream_k.cut(role) if stream_k else (0, 0)
 
     def project(
         self, x: Stream, normed_TD: Tensor, weight_XK: Tensor, qkv_TX: Tensor
     ) -> tuple[str, Tensor]:
         """The product of q, k and v: which of the kernels reads it, and where it is."""
-        if stream_k := self._stream_k_for(x):
-            self._stream_k_product(stream_k, "qkv", normed_TD, weight_XK, None)
-            return "_stream_k", stream_k.parts
         if not self._is_direct(x):
             self._launches.product(normed_TD, weight_XK, qkv_TX)
         elif self._leaves_parts("qkv", len(normed_TD)):
@@ -97,29 +85,22 @@ class Products:
     ) -> None:
         """act = silu(gate) * up, by way of `gate_up_TX` or not."""
         num_tokens, ffn = act_TF.shape
-        way, from_swiglu = "", self._choices.swiglu_tokens
-        if stream_k := self._stream_k_for(x):
-            way, gate_up_TX = "_stream_k", stream_k.parts
-            self._stream_k_product(stream_k, "gate_up", normed_TD, weight_XK, None)
-        elif self._is_direct(x):
+        from_swiglu = self._choices.swiglu_tokens
+        if self._is_direct(x):
             self._skinny("gate_up", normed_TD, weight_XK, bias_N, act_TF)
             return
-        elif self._swiglu and from_swiglu is not None and num_tokens >= from_swiglu:
+        if self._swiglu and from_swiglu is not None and num_tokens >= from_swiglu:
             call = partial(self._swiglu.gate_up, normed_TD, weight_XK, bias_N, act_TF)
             self._launches.own(call)
             return
-        else:
-            self._launches.product(normed_TD, weight_XK, gate_up_TX)
+        self._launches.product(normed_TD, weight_XK, gate_up_TX)
         grid = num_tokens, -(-ffn // ROW_BLOCK), 1
-        arguments = gate_up_TX, self._bias(bias_N), act_TF, *self.cut("gate_up", x)
-        self._launches.launch(f"silu_mul{way}", grid, arguments)
+        arguments = gate_up_TX, self._bias(bias_N), act_TF
+        self._launches.launch("silu_mul", grid, arguments)
 
     def into_stream(self, role: str, in_TK: Tensor, linear: Linear, x: Stream) -> None:
         """Add a product to the stream: to its residual, or beside it."""
         (matrix,) = linear.weights
-        if stream_k := self._stream_k_for(x):
-            self._stream_k_product(stream_k, role, in_TK, matrix.data_NK, linear.bias_N)
-            return
         beside, array = self.beside(x)
         if beside != "_partial":
             parts = array if beside == "_parts" else None
@@ -132,10 +113,7 @@ class Products:
             self._launches.launch("add_bias", grid, (x.partial_TD, linear.bias_N))
 
     def logits(self, normed_LD: Tensor, weight_NK: Tensor, logits_LV: Tensor) -> None:
-        if (stream_k := self._stream_k) and len(normed_LD) <= stream_k.most_tokens:
-            self._launches.own(partial(stream_k.logits, normed_LD, weight_NK, logits_LV))
-        else:
-            self._skinny("head", normed_LD, weight_NK, None, logits_LV)
+        self._skinny("head", normed_LD, weight_NK, None, logits_LV)
 
     def _is_direct(self, x: Stream) -> bool:
         """Whether products of this stream's rows are skinny ones."""
@@ -144,24 +122,6 @@ class Products:
     def _leaves_parts(self, role: str, num_tokens: int) -> bool:
         """Of a skinny product."""
         return num_tokens <= PART_ROWS and self._kernels.constant(f"gemm_{role}_16", "SPLITS") > 1
-
-    def _stream_k_for(self, x: Stream) -> StreamKProducts | None:
-        """The target's products in parts for a stream of so many rows."""
-        stream_k = self._stream_k
-        if stream_k is None or self.few(x):
-            return None
-        most = min(stream_k.most_tokens, self._choices.stream_k_tokens)
-        return stream_k if len(x.residual_TD) <= most else None
-
-    def _stream_k_product(
-        self,
-        stream_k: StreamKProducts,
-        role: str,
-        x_MK: Tensor,
-        weight_NK: Tensor,
-        bias_N: Tensor | None,
-    ) -> None:
-        self._launches.own(partial(stream_k.product, role, x_MK, weight_NK, bias_N))
 
     def _skinny(
         self,

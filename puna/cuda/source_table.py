@@ -9,22 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from puna.cuda.attend_plan import NUM_WARPS as ATTEND_WARPS
-from puna.cuda.attend_plan import attend_defines, attend_shared_bytes, has_attend, max_seqs
-from puna.cuda.fused_plan import fused_defines, fused_rows, shared_bytes
+from puna.cuda.attend_plan import attend_defines, attend_shared_bytes, max_seqs
+from puna.cuda.fused_plan import KERNELS, fused_defines, has_fused, shared_bytes
 from puna.cuda.kernel_table import Constant
 from puna.cuda.shapes import fused_shapes
-from puna.cuda.stream_k_plan import NUM_WARPS as STREAM_K_WARPS
-from puna.cuda.stream_k_plan import (
-    TOKENS,
-    stream_k_cuts,
-    stream_k_defines,
-    stream_k_shared_bytes,
-)
 from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
 from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
-from puna.cuda.wide_plan import TOKENS as WIDE_TOKENS
 from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
-from puna.cuda.wide_plan import has_wide, wide_defines, wide_shared_bytes
+from puna.cuda.wide_plan import has_wide, variants, wide_defines, wide_shared_bytes
 from puna.engine import EngineConfig
 
 
@@ -53,13 +45,11 @@ class CudaSource:
 
 def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
     """CUDA C++ sources of the engine's target."""
-    tokens = TOKENS if stream_k_cuts(config) else ()
     return (
         _BANDWIDTH,
-        *(_fused_source(config, rows) for rows in fused_rows(config)),
-        *(_wide_source(config, it) for it in (WIDE_TOKENS if has_wide(config) else ())),
-        *([_attend_source(config)] if has_attend(config) else []),
-        *(_stream_k_source(config, it) for it in tokens),
+        *([_fused_source(config)] if has_fused(config) else []),
+        *(_wide_source(config, it) for it in (variants(config) if has_wide(config) else ())),
+        *([_attend_source(config)] if has_wide(config) else []),
         *([_swiglu_source(config)] if has_swiglu(config) else []),
     )
 
@@ -81,90 +71,46 @@ _BANDWIDTH = CudaSource(
 )
 
 
-def _fused_source(config: EngineConfig, rows: int) -> CudaSource:
+def _fused_source(config: EngineConfig) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
-    shapes = fused_shapes(config)
-    few = {1: _one_token, 8: _few_tokens, 16: _few_tokens}[rows](dtype)
+    arguments, shapes = _one_token(dtype), fused_shapes(config)
     kernels = [
-        CudaKernel(f"{name}_{rows}", name, arguments, 8, shared_bytes(shapes, name, rows), True)
-        for name, arguments in few.items()
+        CudaKernel(f"{name}_1", name, arguments[name], 8, shared_bytes(shapes, name), True)
+        for name in KERNELS
     ]
-    if rows > 1:
-        enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
-        kernels.append(CudaKernel(f"enter_{rows}", "enter", enter, 8, 8 * 4, True))
-    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
-    kernels.append(CudaKernel(f"pick_{rows}", "pick", pick, 1, 0, True))
-    source = "decode_sm90.cu" if rows == 1 else "few_sm90.cu"
-    defines = tuple(fused_defines(config, rows).items())
-    return CudaSource(f"decode_{rows}", source, defines, tuple(kernels))
+    kernels.append(CudaKernel("pick_1", "pick", _PICK, 1, 0, True))
+    defines = tuple(fused_defines(config).items())
+    return CudaSource("decode", "decode_sm90.cu", defines, tuple(kernels))
 
 
 def _wide_source(config: EngineConfig, tokens: int) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     kernels = []
-    for name, arguments in _wide_arguments(dtype).items():
+    for name, arguments in _several_tokens(dtype).items():
         given = ("w", "map"), ("x", "map"), *arguments
         shared = wide_shared_bytes(config, name)
-        kernels.append(CudaKernel(f"wide_{name}_{tokens}", name, given, WIDE_WARPS, shared, True))
-    kernels += _around(dtype, tokens)
+        kernels.append(CudaKernel(f"{name}_{tokens}", name, given, WIDE_WARPS, shared, True))
+    enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
+    kernels.append(CudaKernel(f"enter_{tokens}", "enter", enter, 8, 8 * 4, True))
+    kernels.append(CudaKernel(f"pick_{tokens}", "pick", _PICK, 1, 0, True))
     defines = tuple(wide_defines(config, tokens).items())
     return CudaSource(f"wide_{tokens}", "wide_sm90.cu", defines, tuple(kernels))
 
 
-def _around(dtype: str, rows: int) -> list[CudaKernel]:
-    """Kernels in front of and behind those for several tokens."""
-    enter = (("h", "*fp32"), ("gamma", "*fp32"), ("rows", "*i32"), ("next", dtype))
-    pick = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
-    return [
-        CudaKernel(f"wide_enter_{rows}", "enter", enter, 8, 8 * 4, True),
-        CudaKernel(f"wide_pick_{rows}", "pick", pick, 1, 0, True),
-    ]
-
-
 def _attend_source(config: EngineConfig) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
-    cache = (("keys", dtype), ("values", dtype), ("key_map", "map"), ("value_map", "map"))
-    batch = (
-        *_integers("seq_lens", "block_table"),
-        ("attended", dtype),
-        ("pieces", "*fp32"),
+    arguments = (
+        *(("q", dtype), ("keys", dtype), ("values", dtype)),
+        *(("key_map", "map"), ("value_map", "map")),
+        *_integers("slots", "seq_lens", "block_table"),
+        *(("attended", dtype), ("pieces", "*fp32")),
         *_integers("counts"),
-        ("table_stride", "i32"),
-        ("num_seqs", "i32"),
+        *(("table_stride", "i32"), ("num_seqs", "i32")),
     )
-    variants = {
-        "attend": (("q", dtype), *cache, *_integers("slots"), *batch),
-        "attend_fresh": (
-            *_integers("fresh"),
-            *cache,
-            *_integers("epoch"),
-            *batch,
-            ("layer", "i32"),
-            *_integers("error"),
-        ),
-    }
     shared = attend_shared_bytes(fused_shapes(config), max_seqs(config))
-    kernels = tuple(
-        CudaKernel(name, name, arguments, ATTEND_WARPS, shared, True)
-        for name, arguments in variants.items()
-    )
+    kernel = CudaKernel("attend", "attend", arguments, ATTEND_WARPS, shared, True)
     defines = tuple(attend_defines(config).items())
-    return CudaSource("attend", "attend_sm90.cu", defines, kernels)
-
-
-def _stream_k_source(config: EngineConfig, tokens: int) -> CudaSource:
-    arguments = (("w", "map"), ("x", "map"), ("bias", "*fp32"), ("y", "*fp32"))
-    numbers = ("num_tokens", "num_rows", "num_blocks", "num_chunks", "is_whole")
-    arguments += tuple((name, "i32") for name in numbers)
-    name, given = f"stream_k_{tokens}", (arguments, STREAM_K_WARPS)
-    kernels = [
-        CudaKernel(
-            name + suffix, "stream_k", *given, stream_k_shared_bytes(config, tokens, it), True
-        )
-        for suffix, it in (("", False), ("_beside", True))
-    ]
-    defines = tuple(stream_k_defines(config, tokens).items())
-    return CudaSource(name, "stream_k_sm90.cu", defines, tuple(kernels))
+    return CudaSource("attend", "attend_sm90.cu", defines, (kernel,))
 
 
 def _swiglu_source(config: EngineConfig) -> CudaSource:
@@ -177,11 +123,14 @@ def _swiglu_source(config: EngineConfig) -> CudaSource:
 
 
 _WEIGHT = (("w", "map"), ("bias", "*fp32"))
-_COUNT = (("num_rows", "i32"),)
+_COUNT = (("num_tokens", "i32"),)
 
 
 def _integers(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, "*i32") for name in names)
+
+
+_PICK = (("best", "*fp32"), *_integers("rows", "last", "tokens", "error"), ("num_ctas", "i32"))
 
 
 def _attention_arguments(dtype: str) -> tuple[tuple[str, str], ...]:
@@ -219,37 +168,7 @@ def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     }
 
 
-def _few_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
-    x, add = (*_WEIGHT, ("x", dtype)), (("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype))
-    normed = (*x, ("sums", "*fp32"), ("is_finished", "i32"))
-    adds = (*x, *add, ("new_sums", "*fp32"), *_COUNT)
-    return {
-        "qkv": (
-            *normed,
-            ("cos", "*fp32"),
-            ("sin", "*fp32"),
-            *_integers("positions", "slots"),
-            ("keys", dtype),
-            ("values", dtype),
-            *_integers("fresh", "epoch"),
-            *_COUNT,
-            ("layer", "i32"),
-        ),
-        "out": adds,
-        "gate_up": (*normed, ("y", dtype), *_COUNT),
-        "down": adds,
-        "head": (
-            ("w", "map"),
-            ("x", dtype),
-            ("logits", "*fp32"),
-            ("best", "*fp32"),
-            *_integers("epoch"),
-            *_COUNT,
-        ),
-    }
-
-
-def _wide_arguments(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+def _several_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     """Behind the maps of weights and input."""
     bias = (("bias", "*fp32"),)
     normed = (*bias, ("sums", "*fp32"), ("is_finished", "i32"))

@@ -1,6 +1,6 @@
-"""WideDecode: the kernels of sm_90 for up to 64 tokens (csrc/wide_sm90.cu) as operations.
+"""WideDecode: the kernels of sm_90 for several tokens (csrc/wide_sm90.cu) as operations.
 
-Decides what they are given, and who normalises: `out` and `down`
+Decides which of the compiled variants runs and with what, and who normalises: `out` and `down`
 write the input of the product behind the next norm beside the residual, so they are held back
 until it is known. Where something else wrote the residual, or the next product is the head, which
 picks rows, `enter` does it.
@@ -16,17 +16,15 @@ from typing import Any
 from puna.batch import ForwardBatch
 from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
-from puna.cuda.fused import FusedDecode
-from puna.cuda.library import Library
+from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import WideMaps
-from puna.cuda.wide_plan import TOKENS
+from puna.cuda.wide_plan import variant
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
 Tensor = Any
 
 _NONE = 0  # an address
-_CLUSTER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +41,21 @@ class _AddToStream:
 class WideDecode:
     """The operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
-    operations = FusedDecode.operations
+    operations = frozenset(("qkv", "attention", "gate_up", "down", "head"))
 
     def __init__(
         self,
         config: EngineConfig,
-        library: Library,
+        kernels: Kernels,
         driver: Driver,
         arrays: dict[str, Tensor],
         num_ctas: int,
         attend: Attend,
     ) -> None:
         self._attend = attend
-        self._library = library
+        self._kernels = kernels
         self._arrays = arrays
-        self._num_ctas = num_ctas // _CLUSTER * _CLUSTER
+        self._num_ctas = num_ctas // 2 * 2  # clusters of two
         self._maps = WideMaps(config, driver)
         self._held: _AddToStream | None = None
 
@@ -144,9 +142,7 @@ class WideDecode:
     def sample_greedy(self, rows_L: Tensor, last_tokens_R: Tensor, out_tokens_L: Tensor) -> None:
         best, error = self._arrays["fused_best"], self._arrays["fused_error"]
         arguments = (best, rows_L, last_tokens_R, out_tokens_L, error, self._num_ctas)
-        self._library.launch(
-            f"wide_pick_{_variant(len(rows_L))}", (len(rows_L), 1, 1), arguments, True
-        )
+        self._kernels.launch(f"pick_{variant(len(rows_L))}", (len(rows_L), 1, 1), arguments, True)
 
     def finish(self) -> None:
         self._add_to_stream(_NONE)
@@ -164,7 +160,7 @@ class WideDecode:
 
     def _enter(self, x: Stream, norm: Norm, rows_L: Tensor | int, num_rows: int) -> None:
         arguments = (x.residual_TD, norm.weight_D, rows_L, self._arrays["fused_next"])
-        self._library.launch(f"wide_enter_{_variant(num_rows)}", (num_rows, 1, 1), arguments, True)
+        self._kernels.launch(f"enter_{variant(num_rows)}", (num_rows, 1, 1), arguments, True)
 
     def _add_to_stream(self, gamma_D: Tensor | int) -> None:
         held, self._held = self._held, None
@@ -184,9 +180,8 @@ class WideDecode:
         )
 
     def _launch(self, kernel: str, num_tokens: int, *arguments: Tensor | TensorMap | int) -> None:
-        """Of those for so many tokens or more, the one for the fewest."""
         grid = self._num_ctas, 1, 1
-        self._library.launch(f"wide_{kernel}_{_variant(num_tokens)}", grid, arguments, True)
+        self._kernels.launch(f"{kernel}_{variant(num_tokens)}", grid, arguments, True)
 
     def _next(self, num_tokens: int) -> TensorMap:
         return self._maps.input(self._arrays["fused_next"][:num_tokens])
@@ -194,7 +189,3 @@ class WideDecode:
     def _bias(self, bias_N: Tensor | None) -> Tensor:
         """The bias, or what stands for it where the kernel reads none."""
         return self._arrays["rope_cos_PE"] if bias_N is None else bias_N
-
-
-def _variant(num_tokens: int) -> int:
-    return next(tokens for tokens in TOKENS if num_tokens <= tokens)

@@ -1,5 +1,5 @@
-"""What the products of sm_90 for several tokens (csrc/wide_sm90.cu) are compiled with: which engines
-have them, how each is cut among CTAs, their constants and shared memory.
+"""What the products of sm_90 for several tokens are compiled with (csrc/wide_sm90.cu): which
+engines have them, how each is cut among CTAs, their constants and shared memory.
 
 Pure, from `EngineConfig`. The rows of a matrix go to CTAs in units: a unit is a box of rows, or two
 of halves that belong together (of a head, for RoPE; gate and up). A CTA multiplies a tile of units
@@ -9,9 +9,17 @@ at a time. Where rows are few, two CTAs, a cluster, share the columns of twice a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from puna.cuda.attend_plan import MAX_SHARED, REGISTERS_BESIDE, has_attend, room_beside
-from puna.cuda.fused_plan import KERNELS
+from puna.cuda.attend_plan import (
+    MAX_SHARED,
+    OF_A_MULTIPROCESSOR,
+    REGISTERS_BESIDE,
+    RESERVED,
+    has_attend,
+    room_beside,
+)
+from puna.cuda.fused_plan import KERNELS, layer_defines
 from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
 
@@ -20,17 +28,20 @@ TOKENS = (8, 16, 32, 64)
 COLUMNS = 64  # of a box: 128 bytes
 NUM_WARPS = 8
 _CTAS = 132  # that tiles are sized for: multiprocessors of an H100 or H200
-_MOST_ROWS = 256  # of a tile
-
-OUT_BYTES = 100 * 1024
-DOWN_BYTES = 227 * 1024
-QKV_BYTES = 227 * 1024
-_OF_A_MULTIPROCESSOR = 228 * 1024
+# Most rows of a tile, of either half.
+_MOST_ROWS = MappingProxyType({"qkv": 64, "out": 96, "gate_up": 64, "down": 96, "head": 256})
+# gate_up is resident beside out when attention has ended, so that its ring fills meanwhile. At 8,
+# 16, 32 and 64 tokens, ms a step: 3.50, 3.70, 4.22 and 5.41 with 80 KB for out, 3.49, 3.71, 4.19
+# and 5.41 with 90, 3.51, 3.71, 4.19 and 5.46 with 100 (7B at context 192, H200, 2026-11-27).
+_OUT_BYTES = 90 * 1024
+# Mirrors of constants in the source.
+_ROW_BYTES, _BLOCK, _WARPS, _MAX_STAGES, _LEAST_STAGES = 128, 64, 4, 32, 3
 
 
 @dataclass(frozen=True)
 class Cut:
-    """`unit`: rows of a half in a box; `most`: units of a tile; `cluster`: CTAs of a tile."""
+    """`halves`: 2 where rows belong together in pairs; `unit`: rows of a half in a box; `most`:
+    units of a tile; `cluster`: CTAs of a tile."""
 
     halves: int
     unit: int
@@ -38,92 +49,108 @@ class Cut:
     cluster: int
 
     @property
-    def num_rows(self) -> int:
-        """Of a tile; those of a half begin at multiples of eight."""
-        return self.most * self.halves * (-(-self.unit // 8) * 8)
+    def half_rows(self) -> int:
+        """Of a tile, in shared memory: a unit's begin at multiples of eight."""
+        return self.most * _ceil(self.unit, 8) * 8
 
 
 def has_wide(config: EngineConfig) -> bool:
     if config.limits.max_batch_size < 2 or not has_attend(config):
         return False
     s = fused_shapes(config)
-    return all(size % COLUMNS == 0 for size in (s.hidden, s.q_size, s.ffn))
+    if any(size % COLUMNS for size in (s.hidden, s.q_size, s.ffn)):
+        return False
+    return all(
+        _num_stages(config, kernel, tokens) >= _LEAST_STAGES
+        for kernel in KERNELS
+        for tokens in variants(config)
+    )
+
+
+def most_tokens(config: EngineConfig) -> int:
+    return variants(config)[-1]
+
+
+def variant(num_tokens: int) -> int:
+    """Which of the kernels is for so many tokens."""
+    return next(tokens for tokens in TOKENS if num_tokens <= tokens)
+
+
+def variants(config: EngineConfig) -> tuple[int, ...]:
+    """Those that a decode batch can need, or a short prompt."""
+    return TOKENS[: TOKENS.index(variant(min(config.limits.max_batch_size, TOKENS[-1]))) + 1]
 
 
 def cut(s: FusedShapes, vocab_size: int, kernel: str) -> Cut:
+    """How a kernel's matrix is cut for GPUs of 132 multiprocessors; right for any other number."""
+    most_rows = _MOST_ROWS[kernel]
     if kernel == "qkv":
+        # Whole units of a head. Two CTAs of a tile have sums to exchange.
         pairs = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim // 2
-        # Whole units of a head. Two CTAs to a tile exchange sums; boxes of eight rows are small.
-        choices = [
-            (_imbalance(pairs, unit, cluster) * (1.03 if cluster > 1 else 1), -unit, cluster)
+        _, unit, cluster = min(
+            (_imbalance(pairs, unit, cluster) * (1.03 if cluster > 1 else 1), unit, cluster)
             for cluster in (1, 2)
-            for unit in (32, 16)
-        ]
-        _, negative, cluster = min(choices)
-        return _cut(2, pairs, -negative, cluster)
-    if kernel in ("gate_up", "head"):
-        halves = 2 if kernel == "gate_up" else 1
-        rows, most = (s.ffn, 64) if halves == 2 else (vocab_size, _MOST_ROWS)
-        rounds = -(-rows // (_CTAS * most))
-        # Even: neighbouring columns are stored together.
-        even = 2 if halves == 2 else 4
-        unit = -(-rows // (_CTAS * rounds * even)) * even
-        return Cut(halves, unit, 1, 1)
-    rounds = -(-s.hidden // (_CTAS // 2 * _MOST_ROWS))
-    return Cut(1, -(-s.hidden // (_CTAS // 2 * rounds * 8)) * 8, 1, 2)
-
-
-def _cut(halves: int, rows: int, unit: int, cluster: int) -> Cut:
-    """Of so many rows of either half, as many units in a tile as the busiest CTA has, if it can."""
-    units = -(-(-(-rows // unit)) // (_CTAS // cluster))
-    rounds = -(-units * unit // (_MOST_ROWS // 4 if halves == 2 else _MOST_ROWS))
-    return Cut(halves, unit, -(-units // rounds), cluster)
+            for unit in (16, 32)
+        )
+        units = _ceil(_ceil(pairs, unit), _CTAS // cluster)
+        return Cut(2, unit, _ceil(units, _ceil(units * unit, most_rows)), cluster)
+    rows, halves, cluster, multiple = {
+        "out": (s.hidden, 1, 2, 8),
+        "gate_up": (s.ffn, 2, 1, 2),
+        "down": (s.hidden, 1, 2, 8),
+        "head": (vocab_size, 1, 1, 4),
+    }[kernel]
+    parties = _CTAS // cluster
+    rounds = _ceil(rows, parties * most_rows)
+    return Cut(halves, _ceil(rows, parties * rounds * multiple) * multiple, 1, cluster)
 
 
 def _imbalance(rows: int, unit: int, cluster: int) -> float:
     """Rows of the busiest CTA, as a multiple of an even share."""
     parties = _CTAS // cluster
-    return -(-(-(-rows // unit)) // parties) * unit * parties / rows
+    return _ceil(_ceil(rows, unit), parties) * unit * parties / rows
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def wide_shared_bytes(config: EngineConfig, kernel: str) -> int:
-    """Of dynamic shared memory: attention is resident beside the kernels in front of it and behind
-    it."""
-    beside_attention = room_beside(fused_shapes(config)) // 1024 * 1024
-    return {
-        "qkv": min(beside_attention, QKV_BYTES),
-        "out": OUT_BYTES,
-        "gate_up": _OF_A_MULTIPROCESSOR - OUT_BYTES - 2 * 1024,
-        "down": DOWN_BYTES,
-    }.get(kernel, MAX_SHARED)
+    """Of dynamic shared memory."""
+    beside = {
+        "qkv": room_beside(fused_shapes(config)),
+        "out": _OUT_BYTES,
+        "gate_up": OF_A_MULTIPROCESSOR - _OUT_BYTES - 2 * RESERVED,
+    }
+    return beside.get(kernel, MAX_SHARED) // 1024 * 1024
 
 
-def _registers(kernel: str) -> int:
-    """Most of a thread: qkv and out are resident beside attention, gate_up beside out."""
-    return REGISTERS_BESIDE if kernel in ("qkv", "out") else 255
+def _num_stages(config: EngineConfig, kernel: str, tokens: int) -> int:
+    """Of a ring: `Cut::STAGES` of the source."""
+    it = cut(fused_shapes(config), config.spec.vocab_size, kernel)
+    eights, blocks = tokens // 8, _ceil(it.half_rows, _BLOCK)
+    senders = _WARPS * 32 // (1 if eights > 1 else 2)
+    received = it.halves * blocks * max(eights // 2, 1) * senders * 16 if it.cluster > 1 else 0
+    barriers = (2 * _MAX_STAGES + 4) * 8
+    words = (_WARPS * 8 * 20 + (_WARPS * 2 + 1) * tokens) * 4
+    ring = (wide_shared_bytes(config, kernel) - received - barriers - words) // 1024 * 1024
+    beyond = (2 if kernel == "qkv" else 1) * (blocks * _BLOCK - it.half_rows) * _ROW_BYTES
+    stage = (tokens + it.halves * it.half_rows) * _ROW_BYTES
+    return min((ring - beyond) // stage, _MAX_STAGES)
 
 
 def wide_defines(config: EngineConfig, tokens: int) -> dict[str, int | str]:
     """Macros of the source."""
-    s, spec = fused_shapes(config), config.spec
-    cuts = {kernel: cut(s, spec.vocab_size, kernel) for kernel in KERNELS}
+    s = fused_shapes(config)
+    cuts = {kernel: cut(s, config.spec.vocab_size, kernel) for kernel in KERNELS}
     return {
-        "BF16": int(config.dtype == "bfloat16"),
-        "HIDDEN": s.hidden,
-        "HEADS": s.num_heads,
-        "KV_HEADS": s.num_kv_heads,
-        "HEAD_DIM": s.head_dim,
-        "FFN": s.ffn,
-        "VOCAB": spec.vocab_size,
-        "KV_BLOCK": config.limits.block_size,
-        "EPS": f"{spec.rms_norm_eps!r}f",
+        **layer_defines(config),
         "TOKENS": tokens,
         "ROWS": tokens,
-        "ATTENTION_BIAS": int(spec.attention_bias),
-        "MLP_BIAS": int(spec.mlp_bias),
         **{f"SHARED_{kernel}": wide_shared_bytes(config, kernel) for kernel in KERNELS},
+        **{f"STAGES_{kernel}": _num_stages(config, kernel, tokens) for kernel in KERNELS},
         **{f"UNIT_{kernel}": it.unit for kernel, it in cuts.items()},
         **{f"MOST_{kernel}": it.most for kernel, it in cuts.items()},
         **{f"CLUSTER_{kernel}": it.cluster for kernel, it in cuts.items()},
-        **{f"REGISTERS_{kernel}": _registers(kernel) for kernel in KERNELS},
+        "REGISTERS_BESIDE": REGISTERS_BESIDE,
     }

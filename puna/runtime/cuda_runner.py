@@ -20,15 +20,13 @@ import numpy as np
 import torch
 
 from puna.batch import ForwardBatch
-from puna.cuda.attend import attend
 from puna.cuda.choices import Choices
 from puna.cuda.draw import can_draw, draw_tokens
 from puna.cuda.driver import Driver
-from puna.cuda.few import fused_ops
+from puna.cuda.fused_ops import fused_ops
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library, read_kernels
 from puna.cuda.ops import CudaOps
-from puna.cuda.stream_k import stream_k
 from puna.cuda.swiglu import swiglu
 from puna.engine import RankMemory
 from puna.errors import EngineError
@@ -355,9 +353,7 @@ def open_cuda_runner(opening: Opening) -> CudaRunner:
             Choices(),
             deterministic=opening.deterministic,
             fused=fused_ops(config, library, driver, arrays, num_ctas),
-            stream_k=stream_k(config, library, driver, arrays, num_ctas),
             swiglu=swiglu(config, library, driver, num_ctas),
-            attend=attend(config, library, driver, arrays, num_ctas),
         )
 
     try:

@@ -240,7 +240,6 @@ inline unsigned char* at(u32 addr) {
   const Cta* cta = machine.self->cta;
   return (addr >> 24 ? cta->peers[(addr >> 24) - 1]->shared : cta->shared) + (addr & 0xffffff);
 }
-inline void nanosleep(u32) {}
 inline void launch_dependents() {}
 inline void grid_wait() {}
 struct Barrier {

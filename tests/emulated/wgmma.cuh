@@ -43,5 +43,3 @@ inline void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) {
     }
   __syncwarp();
 }
-template <int N, int SIZE>
-inline void wgmmas(float (&d)[SIZE], u64 a, u64 b, int adds) { wgmma<N>(d, a, b, adds); }

@@ -22,7 +22,15 @@ from cuda_attention_cases import (
     check_company,
     check_decode,
 )
-from cuda_bench import Bench, TestDevice, activated, assert_near, norm_of, project
+from cuda_bench import (
+    Bench,
+    TestDevice,
+    activated,
+    assert_near,
+    fused_for,
+    norm_of,
+    project,
+)
 from cuda_cases import *  # noqa: F403
 from cuda_configs import BLOCK
 from cuda_model_cases import *  # noqa: F403
@@ -31,14 +39,13 @@ from lazy_kernels import LazyKernels, current_stream, local_target
 
 from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
-from puna.cuda.attend import attend
 from puna.cuda.choices import Choices
 from puna.cuda.compile import compile_kernels
 from puna.cuda.driver import Driver
+from puna.cuda.fused_ops import fused_ops
 from puna.cuda.graphs import GraphRecorder
 from puna.cuda.library import Library
 from puna.cuda.ops import CudaOps
-from puna.cuda.stream_k import stream_k
 from puna.cuda.swiglu import swiglu
 from puna.engine import EngineConfig
 from puna.errors import EngineError
@@ -66,9 +73,8 @@ def make_ops(
         recorder,
         choices,
         deterministic=deterministic,
-        stream_k=stream_k(kernels.config, kernels, Driver(), arrays, num_ctas),
+        fused=fused_for(fused_ops(kernels.config, kernels, Driver(), arrays, num_ctas), choices),
         swiglu=swiglu(kernels.config, kernels, Driver(), num_ctas),
-        attend=attend(kernels.config, kernels, Driver(), arrays, num_ctas),
     )
 
 
@@ -101,7 +107,7 @@ TOKENS = pytest.mark.parametrize("num_tokens", [1, 3, 8, 17, 33, 64, 200])
 @TOKENS
 def test_real_mlp(device: TestDevice, spec: ModelSpec, dtype: str, num_tokens: int) -> None:
     bench = real_bench(device, spec, dtype)
-    x, sum_TD = bench.stream(num_tokens, "o")
+    x, sum_TD = bench.stream(num_tokens)
     norm = Norm(1 + bench.floats(spec.hidden_size) / 4, 1e-5)
     ffn = spec.intermediate_size
     linear = bench.linear([ffn, ffn], spec.hidden_size)
@@ -172,9 +178,7 @@ def test_a_row_is_alone_where_deterministic(device: TestDevice) -> None:
         ) -> None:
             bench.ops.gate_up(x, norm, gate_up, act_TF)
             bench.ops.down(act_TF, down, x)
-            bench.ops._norm(
-                x, norm, normed_TD, "down"
-            )  # takes in what down left beside the residual
+            bench.ops._norm(x, norm, normed_TD)  # takes in what down left beside the residual
 
         bench.run(emit)
         found.append((act_TF, residual_TD))
@@ -216,8 +220,9 @@ def test_attention_of_a_row_is_alone_where_deterministic(device: TestDevice) -> 
 
 
 def test_real_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
-    own = {"stream_k": False, "attends": False, "direct_tokens": 64}
-    bench = Bench(device, LLAMA_3_8B, "bfloat16", max_batch_size=64, max_seq_len=4096, **own)
+    sizes = {"max_batch_size": 64, "max_seq_len": 4096}
+    # The target's own kernels are for 64 tokens.
+    bench = Bench(device, LLAMA_3_8B, "bfloat16", direct_tokens=63, **sizes)
     check_company(bench, [1 + (i * 613) % 4000 for i in range(64)], (5, 30))
 
 

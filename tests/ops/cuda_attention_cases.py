@@ -10,7 +10,7 @@ import torch
 from cuda_bench import (
     PLAIN,
     SPEC,
-    STREAMED,
+    WIDE,
     Bench,
     TestDevice,
     assert_near,
@@ -297,18 +297,18 @@ def test_decode_attention_of_a_long_context(device: TestDevice) -> None:
     check_decode(bench, [4321, 2049], 2)
 
 
-@pytest.mark.parametrize(("spec", "num_seqs"), [(PLAIN, 9), (SPEC, 21), (STREAMED, 17)])
+@pytest.mark.parametrize(("spec", "num_seqs"), [(PLAIN, 9), (SPEC, 21), (WIDE, 17)])
 def test_decode_attention_of_every_product(
     device: TestDevice, spec: ModelSpec, num_seqs: int
 ) -> None:
-    """In parts, whole, by cuBLAS, and stream-K."""
+    """In parts, by cuBLAS, and the target's own."""
     bench = Bench(device, spec, "float16", max_batch_size=num_seqs)
     check_decode(bench, [1 + 37 * i % 150 for i in range(num_seqs)], num_seqs)
 
 
 def test_decode_attention_does_not_depend_on_the_batch(device: TestDevice) -> None:
     """That of all targets: its parts."""
-    bench = Bench(device, SPEC, "float16", max_batch_size=6, attends=False)
+    bench = Bench(device, SPEC, "float16", max_batch_size=6)
     check_company(bench, [300, 1, 64, 513, 65, 700], (0, 2, 5))
 
 

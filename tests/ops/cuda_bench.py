@@ -7,7 +7,6 @@ shows. Shapes are odd on purpose; suffixes as in `puna.ops`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ import torch
 from cuda_configs import cuda_config
 
 from puna.cuda.choices import Choices
+from puna.cuda.interfaces import FusedOps
 from puna.cuda.ops import CudaOps
-from puna.cuda.stream_k_plan import BLOCK_ROWS, PART_TOKENS, stream_k_cuts
+from puna.cuda.wide_plan import has_wide
 from puna.cuda_memory import PART_ROWS, padded_cols, padded_rows, product_splits
 from puna.engine import EngineConfig
 from puna.memory import workspace_specs
@@ -56,8 +56,8 @@ SPEC = ModelSpec(
 )
 # Its product of q, k and v is one in parts, as those of o and down are above.
 PLAIN = ModelSpec(160, 128, 1, 4, 4, 16, 300, 1024)
-# Large enough for stream-K products.
-STREAMED = ModelSpec(1024, 1088, 1, 16, 4, 64, 2500, 1024, attention_bias=True, mlp_bias=True)
+# Has operations of its own for several tokens, where the target has them.
+WIDE = ModelSpec(1024, 1088, 1, 16, 4, 64, 2500, 1024, attention_bias=True, mlp_bias=True)
 
 
 def arrays_of(config: EngineConfig, device: str) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def arrays_of(config: EngineConfig, device: str) -> dict[str, torch.Tensor]:
     for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items():
         kind = {"float32": torch.float32, "int32": torch.int32, **DTYPES}[dtype.name]
         fill = -1 if kind == torch.int32 else float("nan")
-        fill = 0 if name == "attend_counts" else fill
+        fill = 0 if name in ("attend_counts", "fused_epoch", "fused_error") else fill
         made[name] = torch.full(shape, fill, dtype=kind, device=device)
     return made
 
@@ -85,9 +85,7 @@ class Bench:
         max_batch_size: int = 8,
         max_seq_len: int = 1024,
         overlaps: bool = True,
-        stream_k: bool = True,
-        attends: bool = True,
-        direct_tokens: int = DIRECT,
+        direct_tokens: int | None = None,
     ) -> None:
         self.config = cuda_config(
             spec,
@@ -98,13 +96,8 @@ class Bench:
         )
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
-        choices = Choices(
-            direct_tokens,
-            overlaps=overlaps,
-            stream_k_tokens=64 * stream_k,
-            swiglu_tokens=150,
-            attend_seqs=64 * attends,
-        )
+        direct_tokens = direct_tokens or (64 if has_wide(self.config) else DIRECT)
+        choices = Choices(direct_tokens, overlaps=overlaps, swiglu_tokens=150)
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
         self.rng = torch.Generator(self.device).manual_seed(5)
 
@@ -134,9 +127,9 @@ class Bench:
             at += padded_rows(size)
         return Linear(tuple(matrices), self.floats(sum(sizes)) if has_bias else None)
 
-    def stream(self, num_tokens: int, before: str = "down") -> tuple[Stream, torch.Tensor]:
-        """A stream to which the product `before` was added last, and the residual that its consumer
-        should see, in float32."""
+    def stream(self, num_tokens: int) -> tuple[Stream, torch.Tensor]:
+        """A stream to which a product was added, and the residual that its consumer should see, in
+        float32."""
         residual_TD = self.floats(num_tokens, self.spec.hidden_size)
         partial_TD = self.poisoned(*residual_TD.shape, dtype=self.dtype)
         x, sum_TD = Stream(residual_TD.clone(), partial_TD), residual_TD
@@ -148,10 +141,6 @@ class Bench:
             parts = self.parts(num_tokens)
             parts[:] = self.floats(*parts.shape)
             sum_TD = residual_TD + added(parts)
-        if beside == "_stream_k":
-            for parts in self.stream_k_parts(before, num_tokens):
-                parts[:] = self.floats(*parts.shape)
-            sum_TD = residual_TD + self.streamed(before, num_tokens)
         return x, sum_TD
 
     def beside(self, x: Stream) -> str:
@@ -164,42 +153,29 @@ class Bench:
         flat = self.arrays["product_parts"][: splits * PART_ROWS * hidden]
         return flat.view(splits, PART_ROWS, hidden)[:, :num_tokens]
 
-    def stream_k_parts(self, role: str, num_tokens: int) -> list[torch.Tensor]:
-        """Of each block of a role's product, its parts [P, T, rows of the block]."""
-        cut, own = stream_k_cuts(self.config)[role], self.ops._products._stream_k
-        assert own
-        num_ctas, _ = own.cut(role)
-        shape = cut.most_parts, PART_TOKENS, cut.num_rows
-        parts_PMN = self.arrays["stream_k_parts"][: math.prod(shape)].view(shape)[:, :num_tokens]
-        return [
-            block[: cut.num_parts(i, num_ctas)]
-            for i, block in enumerate(parts_PMN.split(BLOCK_ROWS, -1))
-        ]
-
-    def streamed(self, role: str, num_tokens: int) -> torch.Tensor:
-        """The product of a role, added up."""
-        return torch.cat([added(parts) for parts in self.stream_k_parts(role, num_tokens)], -1)
-
-    def added_by(self, emit: Callable[[], None], x: Stream, role: str = "down") -> torch.Tensor:
-        """What a role's product adds to a stream, wherever it leaves it; as near as float32 is."""
+    def added_by(self, emit: Callable[[], None], x: Stream) -> torch.Tensor:
+        """What a product adds to a stream, wherever it leaves it; as near as float32 is."""
         before_TD = x.residual_TD.clone()
-        for name in ("product_parts", "stream_k_parts"):
-            if name in self.arrays:
-                self.arrays[name][:] = float("nan")
+        self.arrays["product_parts"][:] = float("nan")
         self.run(emit)
         beside = self.beside(x)
         if beside:
             assert torch.equal(x.residual_TD, before_TD)
         if beside == "_parts":
             return added(self.parts(len(x.residual_TD)))
-        if beside == "_stream_k":
-            return self.streamed(role, len(x.residual_TD))
         return x.partial_TD if beside else x.residual_TD - before_TD
 
     def run(self, emit: Callable[[], None]) -> None:
         self.ops.record(emit).run()
         if self.device != "cpu":
             torch.cuda.synchronize()
+
+
+def fused_for(
+    fused: tuple[tuple[int, FusedOps], ...], choices: Choices
+) -> tuple[tuple[int, FusedOps], ...]:
+    """Those that there may be with such choices."""
+    return tuple(it for it in fused if it[0] <= choices.direct_tokens)
 
 
 def added(parts_STD: torch.Tensor) -> torch.Tensor:
@@ -251,7 +227,7 @@ every_way = pytest.mark.parametrize(
     ("spec", "num_tokens"),
     [
         *((spec, num) for spec in (SPEC, PLAIN) for num in (1, 16, 17, 20, 21, 37)),
-        *((STREAMED, num) for num in (17, 50, 100)),
+        *((WIDE, num) for num in (3, 17, 50, 100)),
     ],
-    ids=lambda it: {SPEC: "biased", PLAIN: "plain", STREAMED: "streamed"}.get(it, str(it)),
+    ids=lambda it: {SPEC: "biased", PLAIN: "plain", WIDE: "wide"}.get(it, str(it)),
 )

@@ -13,7 +13,7 @@ import torch
 from cuda_bench import (
     PLAIN,
     SPEC,
-    STREAMED,
+    WIDE,
     Bench,
     TestDevice,
     activated,
@@ -51,9 +51,7 @@ def test_embed(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: int)
     bench.run(lambda: bench.ops.embed(ids_T, table, x))
     assert torch.equal(x.residual_TD, weight_of(table)[expected_ids].float())
     found = bench.beside(x)
-    if found == "_stream_k":
-        assert not bench.streamed("down", num_tokens).any()
-    elif found:
+    if found:
         beside = x.partial_TD if found == "_partial" else bench.parts(num_tokens)
         assert not beside.any()
 
@@ -152,7 +150,7 @@ def test_a_float16_cache_is_clipped_to_its_range(device: TestDevice) -> None:
 @every_way
 def test_gate_up(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: int) -> None:
     bench = Bench(device, spec, dtype)
-    x, sum_TD = bench.stream(num_tokens, "o")
+    x, sum_TD = bench.stream(num_tokens)
     norm = Norm(bench.floats(spec.hidden_size), 1e-5)
     ffn = spec.intermediate_size
     linear = bench.linear([ffn, ffn], spec.hidden_size, spec.mlp_bias)
@@ -165,11 +163,11 @@ def test_gate_up(device: TestDevice, dtype: str, spec: ModelSpec, num_tokens: in
 
 @both_dtypes
 def test_gate_up_of_many_tokens(device: TestDevice, dtype: str) -> None:
-    bench = Bench(device, STREAMED, dtype, max_num_tokens=160)
-    x, sum_TD = bench.stream(150, "o")
-    norm = Norm(bench.floats(STREAMED.hidden_size), 1e-5)
-    ffn = STREAMED.intermediate_size
-    linear = bench.linear([ffn, ffn], STREAMED.hidden_size, True)
+    bench = Bench(device, WIDE, dtype, max_num_tokens=160)
+    x, sum_TD = bench.stream(150)
+    norm = Norm(bench.floats(WIDE.hidden_size), 1e-5)
+    ffn = WIDE.intermediate_size
+    linear = bench.linear([ffn, ffn], WIDE.hidden_size, True)
     act_TF = bench.poisoned(150, ffn, dtype=bench.dtype)
     bench.run(lambda: bench.ops.gate_up(x, norm, linear, act_TF))
     right, same = (activated(sum_TD, norm, linear, kind) for kind in (torch.float64, bench.dtype))
@@ -205,7 +203,7 @@ def test_down_of_many_tokens_where_deterministic(device: TestDevice) -> None:
 
 
 @both_dtypes
-@pytest.mark.parametrize("spec", [SPEC, STREAMED], ids=["skinny", "streamed"])
+@pytest.mark.parametrize("spec", [SPEC, WIDE], ids=["skinny", "wide"])
 @pytest.mark.parametrize(
     ("num_tokens", "rows"), [(1, [0]), (18, [0, 3, 17]), (30, [29, 0, 5, 5, 28])]
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_bench import (
-    STREAMED,
+    WIDE,
     Bench,
     TestDevice,
     error,
@@ -144,7 +144,7 @@ def _reference_of(model: Llama, num_blocks: int, spec: ModelSpec) -> Llama:
 
 
 # Products of the padded step below are stream-K ones.
-LARGE = replace(STREAMED, num_layers=2, vocab_size=300, max_position_embeddings=256)
+LARGE = replace(WIDE, num_layers=2, vocab_size=300, max_position_embeddings=256)
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_bench import TestDevice
+from cuda_bench import TestDevice, fused_for
 from emulator import COMPILER, EmulatedDriver, EmulatedLibrary
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from puna.cuda.attend import attend
 from puna.cuda.choices import Choices
+from puna.cuda.fused_ops import fused_ops
 from puna.cuda.kernel_table import triton_kernels
 from puna.cuda.ops import CudaOps
 from puna.cuda.source_table import CudaSource, cuda_sources
-from puna.cuda.stream_k import stream_k
 from puna.cuda.swiglu import swiglu
 from puna.engine import EngineConfig
 
@@ -132,9 +131,8 @@ def make_ops(
         choices,
         deterministic=deterministic,
         # The CPU emulates a few CTAs.
-        stream_k=stream_k(config, kernels, driver, arrays, 7) if COMPILER else None,
+        fused=fused_for(fused_ops(config, kernels, driver, arrays, 4), choices) if COMPILER else (),
         swiglu=swiglu(config, kernels, driver, 4) if COMPILER else None,
-        attend=attend(config, kernels, driver, arrays, 3) if COMPILER else None,
     )
 
 

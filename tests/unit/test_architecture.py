@@ -59,9 +59,9 @@ RUN = [
     (
         "cpu",
         "cuda.ops",
-        "cuda.few",
+        "cuda.fused_ops",
         "cuda.fused",
-        "cuda.stream_k",
+        "cuda.wide",
         "cuda.swiglu",
         "cuda.draw",
         "cuda.graphs",
@@ -93,9 +93,9 @@ SHARED = [
 RUN_ONLY = ("runtime", "models", "ops", "cpu", "llm", "job", "bench", "summarize")
 RUN_ONLY += (
     "cuda.ops",
-    "cuda.few",
+    "cuda.fused_ops",
     "cuda.fused",
-    "cuda.stream_k",
+    "cuda.wide",
     "cuda.swiglu",
     "cuda.attend",
     "cuda.products",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,9 +31,7 @@ SPEC = ModelSpec(
     max_position_embeddings=512,
     attention_bias=True,
 )
-# Large enough for stream-K products.
-LARGE = replace(SPEC, hidden_size=1024, intermediate_size=1024, num_heads=16, head_dim=64)
-CHOICES = Choices(direct_tokens=20, stream_k_tokens=30, swiglu_tokens=100)
+CHOICES = Choices(direct_tokens=20, swiglu_tokens=100)
 
 
 class NamedKernels:
@@ -88,27 +85,6 @@ class Fused:
         pass
 
 
-class StreamK:
-    """For up to 30 tokens."""
-
-    most_tokens = 30
-
-    def __init__(self, kernels: NamedKernels) -> None:
-        self.parts = torch.zeros(4)
-        self._kernels = kernels
-
-    def cut(self, role: str) -> tuple[int, int]:
-        return 7, 3
-
-    def product(self, role: str, x: Any, weight: Any, bias: Any, overlaps: bool) -> None:
-        assert (bias is None) == (role in ("qkv", "gate_up", "down")), role
-        self._kernels.launched.append(f"stream-k {role}")
-        self._kernels.overlapping.append(overlaps)
-
-    def logits(self, x: Any, weight: Any, logits: Any, overlaps: bool) -> None:
-        self.product("down", x, weight, None, overlaps)
-
-
 class Swiglu:
     def __init__(self, kernels: NamedKernels) -> None:
         self._kernels = kernels
@@ -135,10 +111,9 @@ def launched(
     is_decode: bool = False,
     deterministic: bool = False,
     fused: tuple[str, ...] = (),
-    spec: ModelSpec = SPEC,
 ) -> NamedKernels:
     """The kernels of a step of a model of two layers."""
-    config = cuda_config(spec)
+    config = cuda_config(SPEC)
     kinds = {"float32": torch.float32, "int32": torch.int32, "float16": torch.float16}
     arrays = {
         name: torch.zeros(shape, dtype=kinds[dtype.name])
@@ -154,7 +129,6 @@ def launched(
         CHOICES,
         deterministic=deterministic,
         fused=((4, Fused(kernels, *fused)),) if fused else (),
-        stream_k=StreamK(kernels) if spec == LARGE else None,
         swiglu=Swiglu(kernels),
     )
     act = Activations(*(arrays[k] for k in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
@@ -163,7 +137,7 @@ def launched(
     table = torch.zeros((num_seqs, 8), dtype=torch.int32)
     start = torch.zeros(num_seqs + 1, dtype=torch.int32)
     args: list[Any] = [tokens, tokens, tokens, start, seqs, table, seqs]
-    batch, model = ForwardBatch(*args, is_decode=is_decode), model_of(ops, spec)
+    batch, model = ForwardBatch(*args, is_decode=is_decode), model_of(ops, SPEC)
     logits: Any = arrays["logits_LV"][:num_seqs]
 
     def emit() -> None:
@@ -265,33 +239,6 @@ def test_a_prefill_of_a_few_tokens_has_the_attention_of_prefill() -> None:
     layer = ["norm", "gemm_qkv_16", "rope_append_parts", "prefill", "gemm_o_whole"]
     layer += ["fused gate_up", "fused down"]
     assert names == ["embed", *layer, *layer, "fused head", "fused sample_greedy"]
-
-
-@pytest.mark.parametrize(("num_tokens", "is_decode"), [(5, True), (20, False), (30, False)])
-def test_products_of_a_target(num_tokens: int, is_decode: bool) -> None:
-    """Whatever the bound between skinny products and cuBLAS; all of them may overlap."""
-    every = ("qkv", "attention", "gate_up", "down", "head")
-    kernels = launched(num_tokens, is_decode=is_decode, fused=every, spec=LARGE)
-    attend = ["rope_append_stream_k", "prefill"]
-    if is_decode:
-        attend = ["decode_stream_k", "combine"]
-    layer = ["norm_stream_k", "stream-k qkv", *attend, "stream-k o"]
-    layer += ["norm_stream_k", "stream-k gate_up", "silu_mul_stream_k", "stream-k down"]
-    last = ["norm_stream_k_pick", "stream-k down", "argmax_chunks", "argmax_rows"]
-    assert kernels.launched == ["embed_stream_k", *layer, *layer, *last]
-    assert all(kernels.overlapping[1:])
-
-
-def test_where_a_target_has_other_ways_than_its_products() -> None:
-    every = ("qkv", "attention", "gate_up", "down", "head")
-    names = launched(4, is_decode=True, fused=every, spec=LARGE).launched
-    assert not any("stream" in name for name in names)
-    names = launched(31, spec=LARGE).launched
-    assert "norm_partial" in names and "stream-k qkv" not in names
-    # The logits of three rows, that is.
-    assert names[-3] == "stream-k down"
-    names = launched(20, deterministic=True, spec=LARGE).launched
-    assert not any("stream" in name for name in names)
 
 
 def test_many_tokens_have_gate_and_up_as_one_kernel() -> None:

@@ -15,15 +15,12 @@ from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
 from puna.cuda.attend_plan import CACHE_BOX, NUM_WARPS, REGISTERS
 from puna.cuda.driver import TensorMap
-from puna.cuda.few import fused_ops
-from puna.cuda.fused_plan import (
-    fused_rows,
-    num_stages,
-    shared_bytes,
-    weight_box,
-)
+from puna.cuda.fused_ops import fused_ops
+from puna.cuda.fused_plan import has_fused, num_stages, shared_bytes, weight_box
 from puna.cuda.shapes import fused_shapes
 from puna.cuda.source_table import cuda_sources
+from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
+from puna.cuda.wide_plan import cut, has_wide, variants
 from puna.cuda_memory import cuda_specs, padded_rows
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
@@ -36,51 +33,74 @@ SMALL = ModelSpec(2048, 2048, 2, 32, 8, 64, 1001, 512)
 
 
 def test_which_engines_have_them() -> None:
-    assert fused_rows(cuda_config(SMALL, max_batch_size=9)) == (1, 8, 16)
-    assert fused_rows(cuda_config(SMALL, max_batch_size=4)) == (1, 8)
-    assert fused_rows(cuda_config(SMALL, max_batch_size=1)) == (1,)
-    assert fused_rows(cuda_config(SMALL, target="sm_80")) == ()
-    for changed in (
-        replace(SMALL, hidden_size=1792),
-        replace(SMALL, intermediate_size=2176),
-        replace(SMALL, num_heads=64, head_dim=32),
-        replace(SMALL, num_kv_heads=2),
+    assert has_fused(cuda_config(SMALL)) and has_wide(cuda_config(SMALL))
+    assert has_fused(cuda_config(SMALL, max_batch_size=1))
+    assert not has_wide(cuda_config(SMALL, max_batch_size=1))
+    for batch, tokens in ((2, (8,)), (9, (8, 16)), (64, (8, 16, 32, 64)), (128, (8, 16, 32, 64))):
+        assert variants(cuda_config(SMALL, max_batch_size=batch)) == tokens
+    assert not has_fused(cuda_config(SMALL, target="sm_80"))
+    assert not has_wide(cuda_config(SMALL, target="sm_80"))
+    for changed, is_wide in (
+        (replace(SMALL, hidden_size=1792), True),
+        (replace(SMALL, hidden_size=2016), False),
+        (replace(SMALL, intermediate_size=2176), True),
+        (replace(SMALL, num_heads=64, head_dim=32), False),
+        (replace(SMALL, num_kv_heads=2), False),
+        (parse_preset("smollm2-135m"), True),
     ):
-        assert fused_rows(cuda_config(changed)) == (), changed
-    assert fused_rows(cuda_config(parse_preset("smollm2-135m"))) == ()
+        config = cuda_config(changed)
+        assert (has_fused(config), has_wide(config)) == (False, is_wide), changed
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_block_of_threads_fits_on_a_multiprocessor(preset: str) -> None:
     """More than half of its 228 KB, of which each takes another KB; and no more than one may."""
-    config = cuda_config(parse_preset(preset), max_batch_size=16)
-    assert fused_rows(config) == (1, 8, 16)
-    for rows in fused_rows(config):
-        for kernel in KERNELS:
-            num_bytes = shared_bytes(fused_shapes(config), kernel, rows)
-            assert 114 * 1024 < num_bytes + 1024 <= 228 * 1024, (kernel, rows, num_bytes)
-            assert num_stages(fused_shapes(config), kernel, rows) >= 2
+    config = cuda_config(parse_preset(preset))
+    assert has_fused(config)
+    for kernel in KERNELS:
+        num_bytes = shared_bytes(fused_shapes(config), kernel)
+        assert 114 * 1024 < num_bytes + 1024 <= 228 * 1024, (kernel, num_bytes)
+        assert num_stages(fused_shapes(config), kernel) >= 2
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_attention_fits_beside_the_products_around_it(preset: str) -> None:
-    """On a multiprocessor: shared memory, of which each block takes another KB, and of each of its
-    quarters the registers, 512 a lane. Without room it would begin late, and say nothing."""
+@pytest.mark.parametrize("preset", [*PRESETS, "llama-3-70b"])
+def test_kernels_fit_beside_each_other(preset: str) -> None:
+    """On a multiprocessor: attention and the products around it, gate_up and out. Shared memory,
+    of which each block takes another KB, in pieces of 128 bytes; and of each of its quarters the
+    registers, 512 a lane. Without room a kernel would begin late, and say nothing."""
     config = cuda_config(parse_preset(preset), max_batch_size=64)
+    assert has_wide(config)
     sources = {source.name: source for source in cuda_sources(config)}
     kernels = {it.name: it for source in sources.values() for it in source.kernels}
-    own = kernels["attend"].shared + 1024
-    for name in ("qkv_8", "out_8", "qkv_16", "out_16", "stream_k_32_beside", "stream_k_64_beside"):
-        assert kernels[name].shared + 1024 + own <= 228 * 1024, name
-    assert NUM_WARPS == 4, "one in each quarter"
-    for name, kernel, num_warps in (
-        ("decode_8", "_qkv", 2),
-        ("decode_8", "_out", 2),
-        ("stream_k_32", "", 3),
-        ("stream_k_64", "", 3),
+    for tokens in variants(config):
+        for names in (("attend", "qkv"), ("attend", "out"), ("out", "gate_up")):
+            of_a_pair = [kernels.get(name) or kernels[f"{name}_{tokens}"] for name in names]
+            assert sum(-(-it.shared // 128) * 128 + 1024 for it in of_a_pair) <= 228 * 1024, names
+        beside = int(dict(sources[f"wide_{tokens}"].defines)["REGISTERS_BESIDE"])
+        assert NUM_WARPS == 4 and WIDE_WARPS == 8, "one and two in each quarter"
+        assert 2 * beside + REGISTERS <= 512
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "llama-3-70b", "smollm2-135m"])
+def test_cuts_of_products_of_several_tokens(preset: str) -> None:
+    """All rows are in units, halves of a head in one, and CTAs of 132 have about as many rows."""
+    config = cuda_config(parse_preset(preset))
+    s, vocab = fused_shapes(config), config.spec.vocab_size
+    pairs = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim // 2
+    for kernel, rows in (
+        ("qkv", pairs),
+        ("out", s.hidden),
+        ("gate_up", s.ffn),
+        ("down", s.hidden),
+        ("head", vocab),
     ):
-        registers = dict(sources[name].defines)[f"REGISTERS{kernel}"]
-        assert int(registers) * num_warps + REGISTERS <= 512, name
+        it = cut(s, vocab, kernel)
+        units, parties = -(-rows // it.unit), 132 // it.cluster
+        assert it.halves == (2 if kernel in ("qkv", "gate_up") else 1)
+        assert it.half_rows <= 256 and it.half_rows % 8 == 0 and it.unit % 2 == 0
+        assert kernel != "qkv" or s.head_dim // 2 % it.unit == 0
+        busiest = -(-units // parties) * it.unit * parties
+        assert busiest <= 1.4 * rows or rows < 64 * parties, (kernel, busiest, rows)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -113,13 +133,13 @@ class Launches:
 
     def __init__(self) -> None:
         self.launched: list[tuple[str, tuple[int, int, int], tuple[Any, ...], bool]] = []
-        self.maps: list[tuple[int, tuple[int, int, int], tuple[int, int, int], bool]] = []
+        self.maps: list[tuple[int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = []
 
     def launch(self, name: str, grid: Any, arguments: tuple[Any, ...], overlaps: bool) -> None:
         self.launched.append((name, grid, arguments, overlaps))
 
     def tensor_map(self, address: int, dims: Any, box: Any, **more: Any) -> Any:
-        self.maps.append((address, dims, box, is_swizzled))
+        self.maps.append((address, dims, box, more))
         return TensorMap((ctypes.c_char * 1)(), address)
 
 
@@ -163,10 +183,12 @@ def record(
     return {**arrays, "qkv": qkv, "keys": keys, "table": table, "logits": logits}
 
 
-@pytest.mark.parametrize(("num_tokens", "variant"), [(1, 1), (2, 8), (8, 8), (9, 16), (16, 16)])
+@pytest.mark.parametrize(
+    ("num_tokens", "variant"), [(1, 1), (2, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64)]
+)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_launches_fit_the_kernels(num_tokens: int, variant: int, dtype: Any) -> None:
-    config, launches = cuda_config(SMALL, dtype, max_batch_size=16), Launches()
+    config, launches = cuda_config(SMALL, dtype, max_batch_size=64), Launches()
     record(config, num_tokens, launches)
     table = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
     names = [name for name, *_ in launches.launched]
@@ -174,12 +196,12 @@ def test_launches_fit_the_kernels(num_tokens: int, variant: int, dtype: Any) -> 
     if num_tokens > 1:
         layer, head = ["enter", "qkv", "attend", *layer[1:], "enter"], head
     found = [f"{name}_{variant}" for name in (*layer, head, "pick")]
-    assert names == ["attend_fresh" if name.startswith("attend") else name for name in found]
+    assert names == ["attend" if name.startswith("attend") else name for name in found]
     num_ctas = 133 if num_tokens == 1 else 132  # pairs of them share tiles
     sizes = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*i32": 4}
     for name, grid, arguments, overlaps in launches.launched:
         is_by_row = name.startswith(("pick", "enter"))
-        of_all = 133 if name == "attend_fresh" else num_ctas
+        of_all = 133 if name == "attend" else num_ctas
         assert overlaps and grid == (num_tokens if is_by_row else of_all, 1, 1)
         for value, (argument, kind) in zip(arguments, table[name].arguments, strict=True):
             if kind == "map":
@@ -196,21 +218,28 @@ def test_arguments_are_where_the_kernel_looks() -> None:
     arrays = record(config, 3, launches)
     kernels = {kernel.name: kernel for source in cuda_sources(config) for kernel in source.kernels}
     given: dict[str, Any] = {}
-    for name in ("qkv_8", "attend_fresh"):
+    for name in ("qkv_8", "attend"):
         (arguments,) = (it[2] for it in launches.launched if it[0] == name)
         names = (argument for argument, _ in kernels[name].arguments)
         given |= dict(zip(names, arguments, strict=True))
     assert given["w"].address == arrays["qkv"].data_ptr()
+    assert given["x"].address == arrays["fused_next"].data_ptr()
     assert given["block_table"] is arrays["table"] and given["table_stride"] == 9
-    assert given["fresh"] is arrays["fused_fresh"]
+    assert given["q"].data_ptr() == arrays["q_TQ"].data_ptr()
     assert given["attended"].data_ptr() == arrays["attended_TQ"].data_ptr()
-    assert given["num_rows"] == given["num_seqs"] == 3
+    assert given["num_tokens"] == given["num_seqs"] == 3
     blocks = 5 * SMALL.num_kv_heads
     address = arrays["keys"].data_ptr()
-    assert (address, (SMALL.head_dim, 64, blocks), CACHE_BOX, True) in launches.maps
     assert given["key_map"].address == address
-    swizzled = [it for it in launches.maps if it[3]]
-    assert len(swizzled) == 2 and len(launches.maps) == 7
+    found = {it[0]: it[1:] for it in launches.maps}
+    dims, box, more = found[address]
+    assert dims == (SMALL.head_dim, 64, blocks) and box == CACHE_BOX and more["is_swizzled"]
+    # A head's halves, eight rows of either in turn.
+    dims, box, more = found[arrays["qkv"].data_ptr()]
+    assert dims == (2048, 8, 2, 4, 48) and box[:3] == (64, 8, 2) and box[4] == 1
+    assert more["strides"] == tuple(2048 * rows for rows in (1, 32, 8, 64))
+    # Tokens beyond those there are: zeros.
+    assert found[arrays["fused_next"].data_ptr()][:2] == ((2048, 3, 1), (64, 8, 1))
 
 
 def test_layers_of_a_step_have_different_tags() -> None:
@@ -235,7 +264,8 @@ def test_norms_of_several_tokens() -> None:
         kernel = name.removesuffix("_8")
         if "is_finished" in given:
             said.append((kernel, given["is_finished"]))
-            assert given["x"] is arrays["fused_next"] and given["sums"] is arrays["fused_sums"]
+            assert given["x"].address == arrays["fused_next"].data_ptr()
+            assert given["sums"] is arrays["fused_sums"]
         elif "next" in given:
             said.append((kernel, isinstance(given["gamma"], torch.Tensor)))
             assert given["next"] is arrays["fused_next"]

@@ -12,22 +12,17 @@
 // bytes of dynamic shared memory, REGISTERS: most of a thread.
 #include "ring.cuh"
 
-constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
+constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM;
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
-#include "fresh.cuh"
+#include "softmax.cuh"
 
 constexpr int NW = 4;
-constexpr int PAUSE = 200;                          // ns between polls, which slow down who is polled (H200, 2026-11-26: 0.5 %)
 constexpr int PIECE = GROUP * (HEAD_DIM + 2);       // numbers: weighted values, largest score and sum of each query
 static_assert(KV_BLOCK % TOKENS == 0, "a stretch lies in a block");
 using WarpRing = Ring<KV_STAGES, KV_STAGE>;
 
 struct Args {
-  const u16* q;             // [num_seqs, Q_SIZE], rotated; or
-  const uint2* fresh;       // [num_seqs, ALL_HEADS, HEAD_DIM / 2]: q, k, v as in fresh.cuh,
-  const int* epoch;         // with a tag of the number of this step
-  int layer;                // and of the layer
-  int* error;
+  const u16* q;             // [num_seqs, Q_SIZE], rotated
   const u16 *keys, *values; // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
   const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
   const int* slots;         // [num_seqs]: where this step's keys and values are
@@ -167,8 +162,6 @@ __device__ __forceinline__ void load_newest(Queries& to, const Args& p, int seq,
 constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * (KV_STAGES + 1) * 8;
 static_assert(RINGS + PIECES + BARRIERS + (MAX_SEQS + 3) * 4 == SHARED, "shared memory as planned");
 
-// FRESH: queries, and the key and value that this step adds, come in words with a tag from a kernel that may still run.
-template <bool FRESH>
 __device__ __forceinline__ void run(const Args& p) {
   unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
@@ -224,8 +217,7 @@ __device__ __forceinline__ void run(const Args& p) {
     if (requests.left > 0) requests.request(p, deal, ring, lane, policy);
     else ++room;
   };
-  const u32 tag = FRESH ? ((u32)__ldg(p.epoch) + 1) * 1024 + p.layer : 0;
-  if (!FRESH) grid_wait();
+  grid_wait();
 
   auto store = [&](const Softmax& sum, const Stretch& s) {
     if (g >= GROUP) return;
@@ -267,9 +259,8 @@ __device__ __forceinline__ void run(const Args& p) {
   if (left > 0) {
     Stretch s;
     s.find(before, p.num_seqs, first);
-    Fresh queries;
-    Queries next_queries;
-    if (!FRESH) load_queries(next_queries, p, s.seq, s.kv, lane);
+    Queries queries, next_queries;
+    load_queries(next_queries, p, s.seq, s.kv, lane);
     for (int at = first;;) {
       const int len = __ldg(p.seq_lens + s.seq), end = min(s.num, s.at + left), start = at - s.at;
       left -= end - s.at;
@@ -277,16 +268,12 @@ __device__ __forceinline__ void run(const Args& p) {
       Stretch next = s;
       next.at = 0;
       if (left > 0) next.next_task(before, p.num_seqs);
-      if (FRESH) {
-        queries.poll<PAUSE>(p.fresh, p.error, s.seq, s.kv, lane < HEAD_DIM / 8, tag, lane);
-      } else {
 #pragma unroll
-        for (int u = 0; u < HEAD_DIM / 32; ++u)
+      for (int u = 0; u < HEAD_DIM / 32; ++u)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) queries.q[u][j] = next_queries.q[u][j];
-        load_newest(queries, p, s.seq, s.kv, lane);
-        if (left > 0) load_queries(next_queries, p, next.seq, next.kv, lane);     // they come while this task is worked on
-      }
+        for (int j = 0; j < 4; ++j) queries.q[u][j] = next_queries.q[u][j];
+      load_newest(queries, p, s.seq, s.kv, lane);
+      if (left > 0) load_queries(next_queries, p, next.seq, next.kv, lane);       // they come while this task is worked on
       Softmax mine;
       const bool is_whole = s.at == 0 && end == s.num, is_begun = max(start, first_of_cta) < first;
       for (; s.at < end; ++s.at) mine.take(queries, ring, s.at * TOKENS, len, len, lane < HEAD_DIM / 8, lane, refill);
@@ -302,30 +289,19 @@ __device__ __forceinline__ void run(const Args& p) {
       s = next;
     }
   }
-  if (FRESH) grid_wait();   // the kernel in front has ended when this one has
   for (int seq = blockIdx.x; seq < p.num_seqs; seq += gridDim.x)        // zeros for who has no context
     if (before[seq] == before[seq + 1])
       for (int i = tid; i < Q_SIZE / 2; i += NW * 32) reinterpret_cast<u32*>(p.attended + (size_t)seq * Q_SIZE)[i] = 0;
 }
 
-#define KERNEL(name) extern "C" __global__ __maxnreg__(REGISTERS) void name
-
-KERNEL(attend)(const u16* q, const u16* keys, const u16* values, const __grid_constant__ TensorMap key_map,
-               const __grid_constant__ TensorMap value_map, const int* slots, const int* seq_lens, const int* block_table, u16* attended,
-               float* pieces, int* counts, int table_stride, int num_seqs) {
+extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16* keys, const u16* values,
+                                                               const __grid_constant__ TensorMap key_map,
+                                                               const __grid_constant__ TensorMap value_map, const int* slots,
+                                                               const int* seq_lens, const int* block_table, u16* attended, float* pieces,
+                                                               int* counts, int table_stride, int num_seqs) {
   Args p{};
   p.q = q; p.keys = keys; p.values = values; p.key_map = &key_map; p.value_map = &value_map; p.slots = slots; p.seq_lens = seq_lens;
   p.block_table = block_table; p.attended = attended; p.pieces = pieces; p.counts = counts; p.table_stride = table_stride;
   p.num_seqs = num_seqs;
-  run<false>(p);
-}
-
-KERNEL(attend_fresh)(const uint2* fresh, const u16* keys, const u16* values, const __grid_constant__ TensorMap key_map,
-                     const __grid_constant__ TensorMap value_map, const int* epoch, const int* seq_lens, const int* block_table,
-                     u16* attended, float* pieces, int* counts, int table_stride, int num_seqs, int layer, int* error) {
-  Args p{};
-  p.fresh = fresh; p.keys = keys; p.values = values; p.key_map = &key_map; p.value_map = &value_map; p.epoch = epoch;
-  p.seq_lens = seq_lens; p.block_table = block_table; p.attended = attended; p.pieces = pieces; p.counts = counts;
-  p.table_stride = table_stride; p.num_seqs = num_seqs; p.layer = layer; p.error = error;
-  run<true>(p);
+  run(p);
 }

@@ -127,7 +127,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
     const int parties = min(PARTIES, (task.end - task.start + TOKENS - 1) / TOKENS);     // that have a stretch
     Fresh fresh;
-    if (task.party < parties) fresh.poll<0>(p.fresh, p.error, 0, task.kv, has_new, tag, lane);
+    if (task.party < parties) fresh.poll(p.fresh, p.error, task.kv, has_new, tag, lane);
     team.sync();            // `merge` is free
     for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;

@@ -112,7 +112,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
   const int first = (int)((long long)TILES * blockIdx.x / gridDim.x), last = (int)((long long)TILES * (blockIdx.x + 1) / gridDim.x);
   const u64 policy = evict_first();
   Weights<MODE, K> weights;
-  weights.start(first, last, warp, 0, 1);
+  weights.start(first, last, warp);
   CachedTokens cached;
   int room = STAGES;        // of the ring
   auto refill = [&]() {     // as a stage has been read
@@ -143,7 +143,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& map) {
     for (int c = 0; c < Slice<K>::MOST; ++c) {
       if (!Slice<K>::IS_EVEN && c == Slice<K>::MOST - 1 && c == weights.num_chunks) break;
       const u32 stage = ring.wait() + g * ROW_BYTES + t * 16;
-      const u32 row = smem32(input) + Slice<K>::column(warp, 0, c) * 2 + t * 16;
+      const u32 row = smem32(input) + Slice<K>::column(warp, c) * 2 + t * 16;
 #pragma unroll
       for (int u = 0; u < CHUNK / UNIT; ++u) {
         const uint4 w = lds128(stage + u * UNIT * 2), v = lds128(stage + 8 * ROW_BYTES + u * UNIT * 2);

@@ -6,15 +6,12 @@ constexpr int SPIN = 1 << 22;                       // a bound on polls: a lost 
 
 // The queries of a task's KV head and the key and value that this step adds, all from other CTAs that run.
 struct Fresh : Queries {
-  // `words` [sequences, ALL_HEADS, HEAD_DIM / 2]; `has_new`: the lane wants of key and value; PAUSE: ns
-  // between polls.
-  template <int PAUSE>
-  __device__ __forceinline__ void poll(const uint2* words, int* error, int seq, int kv, bool has_new, u32 tag, int lane) {
+  // `words` [ALL_HEADS, HEAD_DIM / 2]; `has_new`: the lane wants of key and value.
+  __device__ __forceinline__ void poll(const uint2* words, int* error, int kv, bool has_new, u32 tag, int lane) {
     constexpr int HALF = HEAD_DIM / 2;
     const int g = lane >> 2, t = lane & 3;
-    const uint2* from = words + (size_t)seq * ALL_HEADS * HALF;
-    const uint2* queries = from + (kv * GROUP + g) * HALF + t * 16 % HALF;
-    const uint2* new_key = from + (HEADS + kv) * HALF + lane % (HALF / 8) * 8;
+    const uint2* queries = words + (kv * GROUP + g) * HALF + t * 16 % HALF;
+    const uint2* new_key = words + (HEADS + kv) * HALF + lane % (HALF / 8) * 8;
     const uint2* new_value = new_key + KV_HEADS * HALF;
     const u32 half = lane < HALF / 8 ? 0x5410 : 0x7632;
     for (int polls = 0;; ++polls) {
@@ -42,7 +39,6 @@ struct Fresh : Queries {
         value = make_uint4(pair(v, 0), pair(v, 1), pair(v, 2), pair(v, 3));
       }
       if (!__any_sync(~0u, wrong != 0)) return;
-      if (PAUSE) nanosleep(PAUSE);
       if (polls == SPIN) {
         if (lane == 0) atomicOr(error, 1);
         return;

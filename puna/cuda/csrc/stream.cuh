@@ -1,11 +1,11 @@
 // Streaming weights: what a tile is, which part of it a warp has, and the ring through which it comes.
 #pragma once
+#include "layer.cuh"
 #include "ring.cuh"
 
 constexpr int NW = 8, NT = 32 * NW, TILE = 16, CHUNK = 256, UNIT = 32;
-constexpr int CLUSTER = ROWS == 1 ? 1 : 2;          // CTAs that share a tile's columns
 constexpr int ROW_BYTES = CHUNK * 2, STAGE = TILE * ROW_BYTES;
-constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM, ALL_HEADS = HEADS + 2 * KV_HEADS;
+constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int TILES_A_HEAD = HEAD_DIM / TILE;
 constexpr int PARTIES = 8;                          // that share a task of attention
 static_assert(HIDDEN % 256 == 0 && Q_SIZE % 256 == 0 && FFN % 256 == 0, "eight warps share the columns in units of 32");
@@ -14,31 +14,24 @@ enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
 
 struct Args {
   const float* bias;        // [N], where the kernel has one
-  const u16* x;             // [ROWS, K]; of one row where there is no norm before it
-  float* h;                 // the residual [ROWS, HIDDEN]
-  const float* gamma;       // [HIDDEN]: of one row, of QKV, GATE_UP, HEAD; of more, of OUT and DOWN, of the next norm, or null
-  u16* y;                   // GATE_UP: [ROWS, FFN]
-  float* logits;            // HEAD: [ROWS, VOCAB]
-  float2* best;             // HEAD: [gridDim.x, ROWS] (value, token)
+  const u16* x;             // OUT, DOWN: [K]
+  float* h;                 // the residual [HIDDEN]
+  const float* gamma;       // [HIDDEN], of a kernel that has a norm
+  u16* y;                   // GATE_UP: [FFN]
+  float* logits;            // HEAD: [VOCAB]
+  float2* best;             // HEAD: [gridDim.x] (value, token)
   int* epoch;               // counts steps; HEAD adds 1
-  int num_rows;
-  const int* rows;          // HEAD of one row: [1] row of h
-  // Of more rows than one. A norm's factor is not in its input: round(h gamma SCALE), with the sums of h's squares in `sums`,
-  // [ROWS, gridDim.x]; or it is, and `is_finished`.
-  const float* sums;
-  int is_finished;
-  u16* next;                // OUT, DOWN: the next product's input [ROWS, HIDDEN], and the sums that go with it
-  float* new_sums;
-  // QKV; what attention needs: of one row
+  const int* rows;          // HEAD: [1] row of h
+  // QKV; what attention needs:
   u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
   const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
   const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
-  const int *positions, *slots;     // [ROWS]
+  const int *positions, *slots;     // [1]
   const int* seq_lens;      // [1]; 0: no sequence
   const int* block_table;   // of it
   u16* attended;            // [Q_SIZE]
   float* part;              // [KV_HEADS, MAX_SPLITS, GROUP, HEAD_DIM + 2]
-  uint2* fresh;             // [ROWS, ALL_HEADS, HEAD_DIM / 2]: a number of either half of a head, and a tag
+  uint2* fresh;             // [ALL_HEADS, HEAD_DIM / 2]: a number of either half of a head, and a tag
   int* split_count;         // [KV_HEADS]; 0 between launches
   int* error;
   int layer;
@@ -64,43 +57,32 @@ __device__ constexpr int num_rows_of(int mode) {
   return mode == QKV ? ALL_HEADS * HEAD_DIM : mode == GATE_UP ? 2 * FFN : mode == HEAD ? (VOCAB + TILE - 1) / TILE * TILE : HIDDEN;
 }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
-// A query's or key's numbers of dimensions d and d + HEAD_DIM / 2 of a head.
-__device__ __forceinline__ float2 rotated(float a, float b, float2 rotation) {
-  return make_float2(a * rotation.x - b * rotation.y, b * rotation.x + a * rotation.y);
-}
 // To the cache; what is appended. `head`: behind those of queries, of keys, then of values.
 __device__ __forceinline__ float2 append(const Args& p, float2 v, int head, int d, int slot) {
-  u16* to = (head < HEADS + KV_HEADS ? p.keys : p.values) +
-            (((size_t)(slot / KV_BLOCK) * KV_HEADS + (head - HEADS) % KV_HEADS) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + d;
+  u16* to = cache_place(p.keys, p.values, head, slot) + d;
   v = make_float2(clipped(v.x), clipped(v.y));
   to[0] = pack1(v.x);
   to[HEAD_DIM / 2] = pack1(v.y);
   return v;
 }
 
-// A CTA's chunks of a row, of those that the cluster shares, and a warp's: every eighth, so that what the warps request at about the
-// same time lies side by side.
+// A warp's chunks of a row: every eighth, so that what the warps request at about the same time lies side by side.
 template <int K>
 struct Slice {
-  static constexpr int ALL = K / CHUNK, MOST = ((ALL + CLUSTER - 1) / CLUSTER + NW - 1) / NW;
-  static constexpr bool IS_EVEN = ALL % (CLUSTER * NW) == 0;
-  static __device__ __forceinline__ int first(int rank) { return ALL * rank / CLUSTER; }
-  static __device__ __forceinline__ int count(int warp, int rank) { return (first(rank + 1) - first(rank) + NW - 1 - warp) / NW; }
-  static __device__ __forceinline__ int column(int warp, int rank, int c) { return (first(rank) + warp + c * NW) * CHUNK; }
+  static constexpr int ALL = K / CHUNK, MOST = (ALL + NW - 1) / NW;
+  static constexpr bool IS_EVEN = ALL % NW == 0;
+  static __device__ __forceinline__ int count(int warp) { return (ALL + NW - 1 - warp) / NW; }
+  static __device__ __forceinline__ int column(int warp, int c) { return (warp + c * NW) * CHUNK; }
 };
 
-// What a warp requests of the weights: its chunks of the CTA's tiles, of `span` tiles the first, then of these the second, ...
+// What a warp requests of the weights: its chunks of each of the CTA's tiles.
 template <int MODE, int K>
 struct Weights {
-  int column, num_chunks, left, begin, end, last, span, tile, chunk = 0;
-  __device__ __forceinline__ void start(int first_tile, int last_tile, int warp, int rank, int tiles) {
-    column = Slice<K>::column(warp, rank, 0);
-    num_chunks = Slice<K>::count(warp, rank);
-    tile = begin = first_tile;
-    last = last_tile;
-    span = tiles;
-    end = min(begin + span, last);
+  int column, num_chunks, left, tile, chunk = 0;
+  __device__ __forceinline__ void start(int first_tile, int last_tile, int warp) {
+    column = Slice<K>::column(warp, 0);
+    num_chunks = Slice<K>::count(warp);
+    tile = first_tile;
     left = (last_tile - first_tile) * num_chunks;
   }
   template <class R>
@@ -112,13 +94,9 @@ struct Weights {
     }
     ring.next_in();
     --left;
-    if (++tile < end) return;
-    if (++chunk == num_chunks) {
-      chunk = 0;
-      begin = end;
-      end = min(begin + span, last);
-    }
-    tile = begin;
+    if (++chunk < num_chunks) return;
+    chunk = 0;
+    ++tile;
   }
 };
 

@@ -87,12 +87,3 @@ __device__ __forceinline__ void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) 
                  : "l"(a), "l"(b), "r"(adds));
   }
 }
-// The same for any multiple of eight, by several instructions.
-template <int N, int AT = 0, int SIZE>
-__device__ __forceinline__ void wgmmas(float (&d)[SIZE], u64 a, u64 b, int adds) {
-  if constexpr (N > 0) {
-    constexpr int FIRST = N >= 128 ? 128 : N >= 64 ? 64 : N >= 32 ? 32 : N >= 16 ? 16 : 8;
-    wgmma<FIRST, AT>(d, a, b, adds);
-    wgmmas<N - FIRST, AT + FIRST / 2>(d, a, b + FIRST * 128 / 16, adds);      // a row is 128 bytes
-  }
-}

@@ -17,7 +17,8 @@
 //
 // Defined by who compiles it: BF16, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, KV_BLOCK, EPS, TOKENS: most there may be (ROWS: the
 // same), ATTENTION_BIAS, MLP_BIAS; of each kernel SHARED_<kernel>: bytes of dynamic shared memory, UNIT_<kernel>: rows of a box,
-// MOST_<kernel>: units of a tile, CLUSTER_<kernel>: CTAs that share columns, REGISTERS_<kernel>: most of a thread.
+// MOST_<kernel>: units of a tile, CLUSTER_<kernel>: CTAs that share columns, STAGES_<kernel>: of the ring; REGISTERS_BESIDE: most of a
+// thread of those beside attention.
 #include "best.cuh"
 #include "cluster.cuh"
 #include "enter.cuh"
@@ -78,8 +79,9 @@ struct Cut {
   static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
   static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
   static constexpr int BEYOND = (ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
-  static constexpr int STAGES = (RING - BEYOND) / STAGE < MAX_STAGES ? (RING - BEYOND) / STAGE : MAX_STAGES;
-  static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0 && STAGES >= 3, "whole chunks, fours of rows, and some stages");
+  static constexpr int STAGES = OF_MODE(STAGES);
+  static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0 , "whole chunks, and rows that are stored together");
+  static_assert(STAGES >= 3 && STAGES <= MAX_STAGES && STAGES * STAGE + BEYOND <= RING, "shared memory as planned");
   static_assert(MODE != QKV || HEAD_DIM / 2 % SLOT == 0, "a unit lies in a head");
 };
 
@@ -471,9 +473,9 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
   // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
 }
 
-#define KERNEL(name) extern "C" __global__ __cluster_dims__(CLUSTER_##name, 1, 1) __maxnreg__(REGISTERS_##name) void name
+#define KERNEL(name, registers) extern "C" __global__ __cluster_dims__(CLUSTER_##name, 1, 1) __maxnreg__(registers) void name
 
-KERNEL(qkv)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums, int is_finished,
+KERNEL(qkv, REGISTERS_BESIDE)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums, int is_finished,
             const float* cos, const float* sin, const int* positions, const int* slots, u16* q, u16* keys, u16* values, int num_tokens) {
   Args p{};
   p.bias = bias; p.num_tokens = num_tokens; p.is_finished = is_finished; p.sums = sums; p.cos = cos; p.sin = sin; p.positions = positions;
@@ -481,28 +483,28 @@ KERNEL(qkv)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorM
   run<QKV, HIDDEN>(p, w, x);
 }
 
-KERNEL(out)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
+KERNEL(out, REGISTERS_BESIDE)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
             u16* next, float* new_sums, int num_tokens) {
   Args p{};
   p.bias = bias; p.num_tokens = num_tokens; p.h = h; p.gamma = gamma; p.next = next; p.new_sums = new_sums;
   run<OUT, Q_SIZE>(p, w, x);
 }
 
-KERNEL(gate_up)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums,
+KERNEL(gate_up, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums,
                 int is_finished, u16* y, int num_tokens) {
   Args p{};
   p.bias = bias; p.num_tokens = num_tokens; p.is_finished = is_finished; p.sums = sums; p.y = y;
   run<GATE_UP, HIDDEN>(p, w, x);
 }
 
-KERNEL(down)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
+KERNEL(down, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
              u16* next, float* new_sums, int num_tokens) {
   Args p{};
   p.bias = bias; p.num_tokens = num_tokens; p.h = h; p.gamma = gamma; p.next = next; p.new_sums = new_sums;
   run<DOWN, FFN>(p, w, x);
 }
 
-KERNEL(head)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, float* logits, float2* best, int* epoch, int num_tokens) {
+KERNEL(head, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, float* logits, float2* best, int* epoch, int num_tokens) {
   Args p{};
   p.num_tokens = num_tokens; p.logits = logits; p.best = best; p.epoch = epoch;
   run<HEAD, HIDDEN>(p, w, x);

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from puna.cuda.kernels.parts import clipped, half_of_head, num_parts_at
+from puna.cuda.kernels.parts import clipped, half_of_head
 
 
 @triton.jit
@@ -85,8 +85,6 @@ def decode(
     scale_SBH2,
     out_SQ,
     max_blocks,
-    num_ctas,
-    num_chunks,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -103,7 +101,6 @@ def decode(
     SCALE: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """RoPE, KV append and attention of a token a sequence. Grid: (S, K, G).
@@ -128,12 +125,6 @@ def decode(
     is_in = (r < J)[:, None] & is_half[None, :]
     q_at, k_at = head_R[:, None] * E + i[None, :], K_AT + kv_head * E + i
     v_at = V_AT + kv_head * E + i
-    num_q = num_parts_at(q_at, num_ctas, num_chunks, SPLITS, BLOCKS)
-    other_num_q = num_parts_at(q_at + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
-    num_k = num_parts_at(k_at, num_ctas, num_chunks, SPLITS, BLOCKS)
-    other_num_k = num_parts_at(k_at + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
-    num_v = num_parts_at(v_at, num_ctas, num_chunks, SPLITS, BLOCKS)
-    other_num_v = num_parts_at(v_at + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
     position = tl.load(positions_S + seq).to(tl.int64)
     cos = tl.load(cos_PE + position * (E // 2) + i, mask=is_half, other=0.0)
     sin = tl.load(sin_PE + position * (E // 2) + i, mask=is_half, other=0.0)
@@ -146,23 +137,23 @@ def decode(
     dtype = out_SQ.dtype.element_ty
     other: tl.constexpr = E // 2
     at, bias_at = row + q_at, bias_N + q_at
-    left = half_of_head(at, bias_at, is_in, num_q, dtype, SPLITS, STRIDE, HAS_BIAS)
+    left = half_of_head(at, bias_at, is_in, dtype, SPLITS, STRIDE, HAS_BIAS)
     at, bias_at = at + other, bias_at + other
-    right = half_of_head(at, bias_at, is_in, other_num_q, dtype, SPLITS, STRIDE, HAS_BIAS)
+    right = half_of_head(at, bias_at, is_in, dtype, SPLITS, STRIDE, HAS_BIAS)
     q_RH = (left * cos[None, :] - right * sin[None, :]).to(dtype)
     other_RH = (right * cos[None, :] + left * sin[None, :]).to(dtype)
     at, bias_at = row + k_at, bias_N + (H + kv_head) * E + i
-    left = half_of_head(at, bias_at, is_half, num_k, dtype, SPLITS, STRIDE, HAS_BIAS)
+    left = half_of_head(at, bias_at, is_half, dtype, SPLITS, STRIDE, HAS_BIAS)
     at, bias_at = at + other, bias_at + other
-    right = half_of_head(at, bias_at, is_half, other_num_k, dtype, SPLITS, STRIDE, HAS_BIAS)
+    right = half_of_head(at, bias_at, is_half, dtype, SPLITS, STRIDE, HAS_BIAS)
     cached = keys_NKPE.dtype.element_ty
     key_H = clipped(left * cos - right * sin, CLIP).to(cached)
     other_key_H = clipped(right * cos + left * sin, CLIP).to(cached)
     at, bias_at = row + v_at, bias_N + (H + K + kv_head) * E + i
-    left = half_of_head(at, bias_at, is_half, num_v, dtype, SPLITS, STRIDE, HAS_BIAS)
+    left = half_of_head(at, bias_at, is_half, dtype, SPLITS, STRIDE, HAS_BIAS)
     value_H = clipped(left, CLIP).to(cached)
     at, bias_at = at + other, bias_at + other
-    right = half_of_head(at, bias_at, is_half, other_num_v, dtype, SPLITS, STRIDE, HAS_BIAS)
+    right = half_of_head(at, bias_at, is_half, dtype, SPLITS, STRIDE, HAS_BIAS)
     other_value_H = clipped(right, CLIP).to(cached)
     score_RH = q_RH.to(tl.float32) * key_H.to(tl.float32)[None, :]
     score_RH += other_RH.to(tl.float32) * other_key_H.to(tl.float32)[None, :]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from puna.cuda.kernels.parts import clipped, half_of_head, num_parts_at, sum_parts
+from puna.cuda.kernels.parts import clipped, half_of_head, sum_parts
 
 
 @triton.jit
@@ -29,8 +29,6 @@ def embed(
     table_VD,
     residual_TD,
     partial_TD,
-    num_ctas,
-    num_chunks,
     V: tl.constexpr,
     D: tl.constexpr,
     KP: tl.constexpr,
@@ -38,7 +36,6 @@ def embed(
     CLEARS: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """residual = row of the table, zeros where there is no such token. Grid: (T,).
@@ -61,10 +58,9 @@ def embed(
     tl.store(residual_TD + t * D + d, row.to(tl.float32), mask=d < D)
     if CLEARS:
         zero = tl.zeros((BLOCK,), partial_TD.dtype.element_ty)
-        num_parts = num_parts_at(d, num_ctas, num_chunks, SPLITS, BLOCKS)
         for split in tl.static_range(0, SPLITS):
             at = partial_TD + split * (PART_ROWS * D) + t * D + d
-            tl.store(at, zero, mask=(d < D) & (split < num_parts))
+            tl.store(at, zero, mask=d < D)
 
 
 @triton.jit
@@ -74,8 +70,6 @@ def norm(
     weight_D,
     out_TD,
     rows_L,
-    num_ctas,
-    num_chunks,
     D: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -83,7 +77,6 @@ def norm(
     PICK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """out = RMSNorm(residual + partial). Grid: (T,), or (L,) with PICK_ROWS.
@@ -94,7 +87,6 @@ def norm(
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_D + d, mask=d < D, other=0.0)
-    num_parts = num_parts_at(d, num_ctas, num_chunks, SPLITS, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -104,7 +96,7 @@ def norm(
     x = tl.load(residual_TD + row * D + d, mask=d < D, other=0.0)
     if ADD_PARTIAL:
         at = partial_TD + row * D + d
-        x += sum_parts(at, d < D, num_parts, SPLITS, PART_ROWS * D).to(tl.float32)
+        x += sum_parts(at, d < D, SPLITS, PART_ROWS * D).to(tl.float32)
         if not PICK_ROWS:
             tl.store(residual_TD + row * D + d, x, mask=d < D)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + EPS)
@@ -123,8 +115,6 @@ def rope_append(
     q_TQ,
     keys_NKPE,
     values_NKPE,
-    num_ctas,
-    num_chunks,
     H: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -138,7 +128,6 @@ def rope_append(
     HALF: tl.constexpr,
     SPLITS: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Rotate q and k, store k and v in their slots. Grid: (T, ceil((H + 2 K) / HEADS)).
@@ -155,19 +144,15 @@ def rope_append(
     is_value = head >= H + K
     kv_head = tl.where(is_value, head - H - K, head - H)
     column = tl.where(is_query, head * E, tl.where(is_value, V_AT, K_AT) + kv_head * E) + i
-    num_first = num_parts_at(column, num_ctas, num_chunks, SPLITS, BLOCKS)
-    num_second = num_parts_at(column + E // 2, num_ctas, num_chunks, SPLITS, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
     at = qkv_TX + t * XS + column
     dtype = q_TQ.dtype.element_ty
     stride: tl.constexpr = PART_ROWS * XS
-    first = half_of_head(
-        at, bias_N + head * E + i, is_in, num_first, dtype, SPLITS, stride, HAS_BIAS
-    )
+    first = half_of_head(at, bias_N + head * E + i, is_in, dtype, SPLITS, stride, HAS_BIAS)
     at, bias_at = at + E // 2, bias_N + head * E + i + E // 2
-    second = half_of_head(at, bias_at, is_in, num_second, dtype, SPLITS, stride, HAS_BIAS)
+    second = half_of_head(at, bias_at, is_in, dtype, SPLITS, stride, HAS_BIAS)
 
     position = tl.load(positions_T + t).to(tl.int64)
     cos = tl.load(cos_PE + position * (E // 2) + i, mask=i < E // 2, other=0.0)
@@ -196,32 +181,22 @@ def silu_mul(
     gate_up_TX,
     bias_N,
     act_TF,
-    num_ctas,
-    num_chunks,
     F: tl.constexpr,
     XS: tl.constexpr,
     UP_AT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PART_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """act = silu(gate) * up; `up` begins at column UP_AT. Grid: (T, ceil(F / BLOCK)).
-
-    Both may be the parts of a product.
-    """
+    """act = silu(gate) * up; `up` begins at column UP_AT. Grid: (T, ceil(F / BLOCK))."""
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    num_gate = num_parts_at(f, num_ctas, num_chunks, SPLITS, BLOCKS)
-    num_up = num_parts_at(UP_AT + f, num_ctas, num_chunks, SPLITS, BLOCKS)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
     at = gate_up_TX + t * XS + f
-    gate = sum_parts(at, f < F, num_gate, SPLITS, PART_ROWS * XS).to(tl.float32)
-    up = sum_parts(at + UP_AT, f < F, num_up, SPLITS, PART_ROWS * XS).to(tl.float32)
+    gate = tl.load(at, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(at + UP_AT, mask=f < F, other=0.0).to(tl.float32)
     if HAS_BIAS:
         gate += tl.load(bias_N + f, mask=f < F, other=0.0)
         up += tl.load(bias_N + F + f, mask=f < F, other=0.0)
