@@ -80,7 +80,7 @@ def _fused_source(config: EngineConfig) -> CudaSource:
     ]
     kernels.append(CudaKernel("pick_1", "pick", _PICK, 1, 0, True))
     defines = tuple(fused_defines(config).items())
-    return CudaSource("decode", "decode_sm90.cu", defines, tuple(kernels))
+    return CudaSource("decode_1", "decode_sm90.cu", defines, tuple(kernels))
 
 
 def _wide_source(config: EngineConfig, tokens: int) -> CudaSource:

@@ -17,11 +17,8 @@ from typing import Any
 
 from puna.cuda.compile import SOURCES
 from puna.cuda.driver import TensorMap
-from puna.cuda.fused_plan import CLUSTER
 from puna.cuda.source_table import CudaKernel, CudaSource
 
-# Sources whose kernels that copy by maps run in clusters of two.
-IN_CLUSTERS = ("few_sm90.cu", "swiglu_sm90.cu")
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 
@@ -73,8 +70,8 @@ class EmulatedLibrary:
         for source in sources:
             library = _compile(source, folder)
             for i, kernel in enumerate(source.kernels):
-                streams = "map" in dict(kernel.arguments).values()
-                default = CLUSTER if streams and source.source in IN_CLUSTERS else 1
+                # As the sources say: two for swiglu, of others as planned.
+                default = 2 if kernel.entry == "swiglu" else 1
                 cluster = int(dict(source.defines).get(f"CLUSTER_{kernel.entry}", default))
                 self._kernels[kernel.name] = library, i, kernel, cluster
 

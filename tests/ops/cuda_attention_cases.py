@@ -108,7 +108,7 @@ def check_attention(
     linear = bench.linear([spec.hidden_size], spec.q_size, spec.attention_bias)
     x, _ = bench.stream(num_tokens)
     found_TD = bench.added_by(
-        lambda: bench.ops.attention(step.q_TQ, step.batch, step.cache, linear, x), x, "o"
+        lambda: bench.ops.attention(step.q_TQ, step.batch, step.cache, linear, x), x
     )
     real = slice(step.num_real)
     right_TQ = naive_attention(bench, step, torch.float64)

@@ -17,7 +17,6 @@ import torch
 from cuda_configs import cuda_config
 
 from puna.cuda.choices import Choices
-from puna.cuda.interfaces import FusedOps
 from puna.cuda.ops import CudaOps
 from puna.cuda.wide_plan import has_wide
 from puna.cuda_memory import PART_ROWS, padded_cols, padded_rows, product_splits
@@ -26,8 +25,9 @@ from puna.memory import workspace_specs
 from puna.ops import Linear, Norm, Stream
 from puna.spec import ModelSpec
 
-# Of a device of tests: (config, arrays, choices, deterministic) -> CudaOps.
-MakeOps = Callable[[EngineConfig, dict[str, torch.Tensor], Choices, bool], CudaOps]
+# Of a device of tests: (config, arrays, choices, deterministic, has_fused) -> CudaOps. has_fused:
+# with the target's own operations.
+MakeOps = Callable[[EngineConfig, dict[str, torch.Tensor], Choices, bool, bool], CudaOps]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # A row beyond this takes the way of many tokens: few are enough to see both.
 DIRECT = 20
@@ -85,7 +85,7 @@ class Bench:
         max_batch_size: int = 8,
         max_seq_len: int = 1024,
         overlaps: bool = True,
-        direct_tokens: int | None = None,
+        has_fused: bool = True,
     ) -> None:
         self.config = cuda_config(
             spec,
@@ -96,9 +96,9 @@ class Bench:
         )
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
-        direct_tokens = direct_tokens or (64 if has_wide(self.config) else DIRECT)
+        direct_tokens = 64 if has_wide(self.config) else DIRECT
         choices = Choices(direct_tokens, overlaps=overlaps, swiglu_tokens=150)
-        self.ops = device.make_ops(self.config, self.arrays, choices, deterministic)
+        self.ops = device.make_ops(self.config, self.arrays, choices, deterministic, has_fused)
         self.rng = torch.Generator(self.device).manual_seed(5)
 
     def floats(self, *shape: int) -> torch.Tensor:
@@ -169,13 +169,6 @@ class Bench:
         self.ops.record(emit).run()
         if self.device != "cpu":
             torch.cuda.synchronize()
-
-
-def fused_for(
-    fused: tuple[tuple[int, FusedOps], ...], choices: Choices
-) -> tuple[tuple[int, FusedOps], ...]:
-    """Those that there may be with such choices."""
-    return tuple(it for it in fused if it[0] <= choices.direct_tokens)
 
 
 def added(parts_STD: torch.Tensor) -> torch.Tensor:

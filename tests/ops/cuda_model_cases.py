@@ -143,7 +143,7 @@ def _reference_of(model: Llama, num_blocks: int, spec: ModelSpec) -> Llama:
     return Llama(layers, rope, linear(model.embed), norm(model.norm), linear(model.head))
 
 
-# Products of the padded step below are stream-K ones.
+# The padded step below has the target's own kernels.
 LARGE = replace(WIDE, num_layers=2, vocab_size=300, max_position_embeddings=256)
 
 
@@ -206,7 +206,7 @@ def test_model_against_the_reference(
 
 
 def test_a_batch_of_many_sequences(device: TestDevice) -> None:
-    """Two decode steps of 21 sequences, whose products are stream-K ones."""
+    """Two decode steps of 21 sequences, by the target's own kernels."""
     num_seqs = 21
     bench = Bench(device, LARGE, "float16", max_seq_len=256, max_batch_size=num_seqs)
     models = TwoModels(bench, num_seqs + 1)

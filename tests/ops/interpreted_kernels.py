@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_bench import TestDevice, fused_for
+from cuda_bench import TestDevice
 from emulator import COMPILER, EmulatedDriver, EmulatedLibrary
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -119,6 +119,7 @@ def make_ops(
     arrays: dict[str, torch.Tensor],
     choices: Choices,
     deterministic: bool,
+    has_fused: bool,
 ) -> CudaOps:
     kernels, recorder = InterpretedKernels(config), EagerRecorder()
     driver: Any = EmulatedDriver()
@@ -131,7 +132,7 @@ def make_ops(
         choices,
         deterministic=deterministic,
         # The CPU emulates a few CTAs.
-        fused=fused_for(fused_ops(config, kernels, driver, arrays, 4), choices) if COMPILER else (),
+        fused=fused_ops(config, kernels, driver, arrays, 4) if COMPILER and has_fused else (),
         swiglu=swiglu(config, kernels, driver, 4) if COMPILER else None,
     )
 
