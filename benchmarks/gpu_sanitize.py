@@ -26,7 +26,7 @@ from benchmarks.record import about
 SHAPE = "hidden=2048,layers=2,heads=32,kv_heads=8,head_dim=64,ffn=2816,vocab=4096"
 LIMITS = {"max_seq_len": 4096, "max_batch_size": 64, "max_num_tokens": 2048}
 # Sequences side by side, and tokens of each prompt.
-BATCHES = ((1, 5), (1, 100), (1, 700), (1, 2048), (2, 900), (5, 40), (13, 9), (40, 30))
+BATCHES = ((1, 5), (1, 100), (1, 700), (1, 2048), (2, 900), (5, 40), (13, 9), (20, 9), (40, 30))
 REPORT_CHARS = 3000  # from its beginning, and from its end
 
 
