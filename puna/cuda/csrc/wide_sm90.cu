@@ -4,8 +4,8 @@
 //
 // A CTA has a run of rows of the matrix, the same number as any other or a unit less, and streams them in chunks of 64 columns, the
 // tokens' beside them, so that its sums are whole and nobody else's. Where rows are few (out, down) two CTAs, a cluster, have half of
-// the columns each of twice as many rows, and each finishes the rows of half of its warps: the other one's sums of those come through
-// distributed shared memory.
+// the columns each of twice as many rows, and each finishes half of the tokens: the other one's sums of those come through distributed
+// shared memory.
 //
 // One warpgroup multiplies: the weights are the first operand of wgmma, in blocks of 64 rows of which some may be nobody's, whatever
 // lies behind the tile's; the tokens are the columns. One warp copies: weights before the kernels in front have ended, as many
@@ -80,7 +80,7 @@ struct Cut {
   static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
   static constexpr int BEYOND = (ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
   static constexpr int STAGES = OF_MODE(STAGES);
-  static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0 , "whole chunks, and rows that are stored together");
+  static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0, "whole chunks, and rows that are stored together");
   static_assert(STAGES >= 3 && STAGES <= MAX_STAGES && STAGES * STAGE + BEYOND <= RING, "shared memory as planned");
   static_assert(MODE != QKV || HEAD_DIM / 2 % SLOT == 0, "a unit lies in a head");
 };
