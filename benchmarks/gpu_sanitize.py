@@ -1,14 +1,14 @@
 """Memory errors and races in the GPU's kernels, as compute-sanitizer sees them.
 
     python -m benchmarks.gpu_sanitize [--sanitizer compute-sanitizer] [--tools memcheck racecheck]
-                                      [--out FILE]
+                                      [--batches 0 1 ...] [--out FILE]
 
 Builds an engine of two layers, wide enough for every kernel of its target, and generates from it
 below each tool, greedily and with a temperature: prompts of few and many tokens, batches of 1 to
 40, contexts of several parts; racecheck, which is slow, in a process for each of those. Of what it
 says those hazards count that are in puna's kernels; it takes the barriers of cuBLAS's (nvjet) for
-races. Prints the reports; with --out they are kept, with machine, versions and commit. Needs a GPU;
-about 7 minutes on an H200.
+races. Prints the reports; with --out they are kept, with machine, versions and commit. `--batches`
+are some of BATCHES, by number. Needs a GPU; over 10 minutes on an H200.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", default=tools, choices=(*tools, "synccheck"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the reports as JSON")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # of the process below one
-    parser.add_argument("--batches", type=int, nargs="+", help=argparse.SUPPRESS)  # likewise
+    every = range(len(BATCHES))
+    which = "some of the batches, by number"
+    parser.add_argument("--batches", type=int, nargs="+", default=every, choices=every, help=which)
     args = parser.parse_args()
     if args.engine:
         generate(args.engine, [BATCHES[i] for i in args.batches])
@@ -53,9 +55,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = BuildConfig(dtype="float16", target=target, **LIMITS)
         engine = build(DummyCheckpoint(parse_preset(SHAPE)), Path(folder) / "engine", config).path
-        every = list(range(len(BATCHES)))
         for tool in args.tools:
-            groups = [[i] for i in every] if tool == "racecheck" else [every]
+            groups = [[i] for i in args.batches] if tool == "racecheck" else [[*args.batches]]
             found["tools"][tool] = [checked(args.sanitizer, tool, engine, it) for it in groups]
     if args.out:
         args.out.write_text(json.dumps(found, indent=2) + "\n")
