@@ -22,8 +22,8 @@ inline void elements(float (&to)[16], u32 where, u32 stride, int r) {
     to[k] = number(*reinterpret_cast<const u16*>(row + ((in_row / 16 ^ r % 8) * 16 | in_row % 16)));
   }
 }
-template <int N, int AT = 0, int SIZE>
-inline void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) {
+template <int N>
+inline void wgmma(float (&d)[N / 2], u64 a, u64 b, int adds) {
   const u32 given[5] = {(u32)a, (u32)b, threadIdx.x / 32 % 4u, (u32)(a >> 32), (u32)(b >> 32)};
   memcpy(lane_in(), given, sizeof given);
   float x[2][16], y[16];
@@ -37,7 +37,7 @@ inline void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) {
       for (int r = 0; r < 2; ++r) {
         float sum = 0;
         for (int k = 0; k < 16; ++k) sum += x[r][k] * y[k];
-        float& to = d[AT + 4 * n + 2 * r + j];
+        float& to = d[4 * n + 2 * r + j];
         to = (adds ? to : 0) + sum;
       }
     }

@@ -42,31 +42,31 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 
 // d += a b, or d = a b: 64 rows of a, N of b, 16 columns of both. A lane has of its warp's sixteen rows of a lane / 4 and
-// lane / 4 + 8, of each eight of b 2 (lane % 4) and one more: d[AT + 4 n + j] is of row j / 2 of the two, and of b
+// lane / 4 + 8, of each eight of b 2 (lane % 4) and one more: d[4 n + j] is of row j / 2 of the two, and of b
 // 8 n + 2 (lane % 4) + j % 2.
-template <int N, int AT = 0, int SIZE>
-__device__ __forceinline__ void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) {
+template <int N>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], u64 a, u64 b, int adds) {
   static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128, "one instruction");
   if constexpr (N == 8) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n8k16.f32." DT "." DT " {"
                  "%0,%1,%2,%3"
                  "}, %4, %5, p, 1, 1, 0, 0;\n}\n"
-                 : D4(AT)
+                 : D4(0)
                  : "l"(a), "l"(b), "r"(adds));
   } else if constexpr (N == 16) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n16k16.f32." DT "." DT " {"
                  "%0,%1,%2,%3,%4,%5,%6,%7"
                  "}, %8, %9, p, 1, 1, 0, 0;\n}\n"
-                 : D4(AT), D4(AT + 4)
+                 : D4(0), D4(4)
                  : "l"(a), "l"(b), "r"(adds));
   } else if constexpr (N == 32) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k16.f32." DT "." DT " {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
                  "}, %16, %17, p, 1, 1, 0, 0;\n}\n"
-                 : D16(AT)
+                 : D16(0)
                  : "l"(a), "l"(b), "r"(adds));
   } else if constexpr (N == 64) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -74,7 +74,7 @@ __device__ __forceinline__ void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) 
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
                  "%24,%25,%26,%27,%28,%29,%30,%31"
                  "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
-                 : D16(AT), D16(AT + 16)
+                 : D16(0), D16(16)
                  : "l"(a), "l"(b), "r"(adds));
   } else if constexpr (N == 128) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -83,7 +83,7 @@ __device__ __forceinline__ void wgmma(float (&d)[SIZE], u64 a, u64 b, int adds) 
                  "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
                  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
                  "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
-                 : D16(AT), D16(AT + 16), D16(AT + 32), D16(AT + 48)
+                 : D16(0), D16(16), D16(32), D16(48)
                  : "l"(a), "l"(b), "r"(adds));
   }
 }
