@@ -203,7 +203,6 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
         ([1 + 61 * i % 500 for i in range(9)], 4),
         ([1 + 97 * i % 700 for i in range(16)], 6),
         ([1 + 61 * i % 90 for i in range(17)], 4),
-        ([1 + 61 * i % 30 for i in range(40)], 6),
     ],
     ids=lambda it: f"{len(it)} of {max(it)}" if isinstance(it, list) else str(it),
 )
@@ -213,7 +212,7 @@ def test_a_step(
     check_a_step(made, tmp_path_factory, name, contexts, num_ctas)
 
 
-@pytest.mark.parametrize("num_seqs", [1, 3, 64])
+@pytest.mark.parametrize("num_seqs", [1, 3, 35])
 def test_a_step_of_odd_sizes(made: dict[str, Fused], tmp_path_factory: Any, num_seqs: int) -> None:
     contexts = [1 + 61 * i % 40 for i in range(num_seqs)]
     check_a_step(made, tmp_path_factory, "odd", contexts, 4)
