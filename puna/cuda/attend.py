@@ -29,10 +29,8 @@ class Attend:
         self._arrays = arrays
         self._num_ctas = num_ctas
 
-    def attend(
-        self, q_SQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_SQ: Tensor, overlaps: bool
-    ) -> None:
-        """Zeros for sequences without context. `overlaps` as in `Kernels.launch`."""
+    def attend(self, q_SQ: Tensor, batch: ForwardBatch, cache: LayerCache, out_SQ: Tensor) -> None:
+        """Zeros for sequences without context. It begins while the kernel in front runs."""
         lens_S, table_SM = batch.seq_lens_S, batch.block_table_SM
         given = (
             q_SQ,
@@ -49,4 +47,4 @@ class Attend:
             table_SM.shape[1],
             len(lens_S),
         )
-        self._kernels.launch("attend", (self._num_ctas, 1, 1), given, overlaps)
+        self._kernels.launch("attend", (self._num_ctas, 1, 1), given, True)

@@ -99,7 +99,7 @@ class WideDecode:
         x: Stream,
     ) -> None:
         attended_TQ = self._arrays["attended_TQ"][: len(q_TQ)]
-        self._attend.attend(q_TQ, batch, cache, attended_TQ, True)
+        self._attend.attend(q_TQ, batch, cache, attended_TQ)
         self._held = _AddToStream("out", attended_TQ, weight_NK, bias_N, x.residual_TD)
 
     def gate_up(

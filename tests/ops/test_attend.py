@@ -100,7 +100,7 @@ def test_attend(
     is_there = lens > 0
     for _ in range(2):  # the second launch finds what the first one left
         out_SQ = torch.full((num + 1, heads * size), float("nan"), dtype=dtype)
-        found.attend(q_SQ, batch, LayerCache(keys, values), out_SQ[:num], True)
+        found.attend(q_SQ, batch, LayerCache(keys, values), out_SQ[:num])
         assert not arrays["attend_counts"].any()
         assert out_SQ[num].isnan().all() and not out_SQ[:num][~is_there].any()
         got_SQ = out_SQ[:num][is_there].float()
