@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from puna.batch import ForwardBatch
+from puna.cuda.attend_plan import EIGHT
 from puna.cuda.driver import Driver
 from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import CacheMaps
@@ -38,6 +39,8 @@ class Attend:
             cache.values_NKPE,
             self._maps.cache(cache.keys_NKEP),
             self._maps.cache(cache.values_NKPE),
+            self._maps.cache(cache.keys_NKEP, EIGHT),
+            self._maps.cache(cache.values_NKPE, EIGHT),
             batch.slots_T,
             lens_S,
             table_SM,

@@ -11,8 +11,7 @@ from puna.engine import EngineConfig
 
 NUM_WARPS = 4
 MAX_SEQS = 64
-# Of keys or values, the innermost dimension first: half a stage or all of one.
-CACHE_BOX = (64, 32, 1)
+STRETCH, EIGHT = 32, 8  # tokens of a copy; the latter where a context ends
 MAX_SHARED = 227 * 1024  # of a CTA, bytes
 OF_A_MULTIPROCESSOR, RESERVED = 228 * 1024, 1024  # reserved: of each CTA
 _RING_BYTES = 16 * 1024  # of a warp
@@ -25,7 +24,7 @@ def has_attend(config: EngineConfig) -> bool:
     if config.target != "sm_90" or config.world_size > 1:
         return False
     s = fused_shapes(config)
-    return s.group <= 8 and s.head_dim in (64, 128) and config.limits.block_size % CACHE_BOX[1] == 0
+    return s.group <= 8 and s.head_dim in (64, 128) and config.limits.block_size % STRETCH == 0
 
 
 def max_seqs(config: EngineConfig) -> int:
@@ -36,7 +35,7 @@ def max_seqs(config: EngineConfig) -> int:
 def attend_shared_bytes(s: FusedShapes, seqs: int) -> int:
     """Rings and their barriers, what warps leave each other, and a table of the sequences."""
     pieces = (NUM_WARPS - 1) * _piece_numbers(s) * 4
-    barriers = NUM_WARPS * (_num_stages(s) + 1) * 8
+    barriers = NUM_WARPS * (_num_eights(s) + 1) * 8
     return NUM_WARPS * _RING_BYTES + pieces + barriers + (seqs + 3) * 4
 
 
@@ -60,7 +59,7 @@ def attend_defines(config: EngineConfig) -> dict[str, int]:
         "HEAD_DIM": s.head_dim,
         "KV_BLOCK": config.limits.block_size,
         "MAX_SEQS": max_seqs(config),
-        "KV_STAGES": _num_stages(s),
+        "KV_EIGHTS": _num_eights(s),
         "SHARED": attend_shared_bytes(s, max_seqs(config)),
         "REGISTERS": REGISTERS,
     }
@@ -71,6 +70,6 @@ def _piece_numbers(s: FusedShapes) -> int:
     return s.group * (s.head_dim + 2)
 
 
-def _num_stages(s: FusedShapes) -> int:
-    """Of a warp's ring: a stage is 32 tokens of keys or of values."""
-    return _RING_BYTES // (CACHE_BOX[1] * s.head_dim * 2)
+def _num_eights(s: FusedShapes) -> int:
+    """Of a warp's ring: eight tokens of keys or of values."""
+    return _RING_BYTES // (EIGHT * s.head_dim * 2)

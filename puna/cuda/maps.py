@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from puna.cuda.attend_plan import CACHE_BOX
+from puna.cuda.attend_plan import STRETCH
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused_plan import weight_box
 from puna.cuda.shapes import FusedShapes, fused_shapes
@@ -44,10 +44,15 @@ class TensorMaps:
 class CacheMaps(TensorMaps):
     """Of KV caches, as attention copies them."""
 
-    def cache(self, cache_NKPE: Tensor) -> TensorMap:
+    def cache(self, cache_NKPE: Tensor, num_tokens: int = STRETCH) -> TensorMap:
+        """In boxes of so many tokens of a head, each eight of them by itself: 64 dimensions, the
+        other 64."""
         num_blocks, num_kv_heads, block_size, head_dim = cache_NKPE.shape
-        dims = head_dim, block_size, num_blocks * num_kv_heads
-        return self.get(cache_NKPE, dims, CACHE_BOX, is_swizzled=True)
+        parts = head_dim // 64
+        dims = 64, 8, parts, block_size // 8, num_blocks * num_kv_heads
+        strides = head_dim, 64, 8 * head_dim, block_size * head_dim
+        box = 64, 8, parts, num_tokens // 8, 1
+        return self.get(cache_NKPE, dims, box, strides=strides, is_swizzled=True)
 
 
 class FusedMaps(CacheMaps):

@@ -101,7 +101,7 @@ def _attend_source(config: EngineConfig) -> CudaSource:
     dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
     arguments = (
         *(("q", dtype), ("keys", dtype), ("values", dtype)),
-        *(("key_map", "map"), ("value_map", "map")),
+        *(("key_map", "map"), ("value_map", "map"), ("eight_keys", "map"), ("eight_values", "map")),
         *_integers("slots", "seq_lens", "block_table"),
         *(("attended", dtype), ("pieces", "*fp32")),
         *_integers("counts"),

@@ -13,7 +13,7 @@ from cuda_configs import cuda_config
 
 from puna.batch import ForwardBatch
 from puna.checkpoint.dummy import parse_preset
-from puna.cuda.attend_plan import CACHE_BOX, NUM_WARPS, REGISTERS
+from puna.cuda.attend_plan import NUM_WARPS, REGISTERS
 from puna.cuda.driver import TensorMap
 from puna.cuda.fused_ops import fused_ops
 from puna.cuda.fused_plan import has_fused, num_stages, shared_bytes, weight_box
@@ -230,10 +230,13 @@ def test_arguments_are_where_the_kernel_looks() -> None:
     assert given["num_tokens"] == given["num_seqs"] == 3
     blocks = 5 * SMALL.num_kv_heads
     address = arrays["keys"].data_ptr()
-    assert given["key_map"].address == address
+    assert given["key_map"].address == given["eight_keys"].address == address
+    of_keys = [it[1:] for it in launches.maps if it[0] == address]
+    assert [box for _, box, _ in of_keys] == [(64, 8, 1, eights, 1) for eights in (4, 1)]
+    for dims, _, more in of_keys:
+        assert dims == (SMALL.head_dim, 8, 1, 64 // 8, blocks) and more["is_swizzled"]
+        assert more["strides"] == tuple(SMALL.head_dim * rows for rows in (1, 1, 8, 64))
     found = {it[0]: it[1:] for it in launches.maps}
-    dims, box, more = found[address]
-    assert dims == (SMALL.head_dim, 64, blocks) and box == CACHE_BOX and more["is_swizzled"]
     # A head's halves, eight rows of either in turn.
     dims, box, more = found[arrays["qkv"].data_ptr()]
     assert dims == (2048, 8, 2, 4, 48) and box[:3] == (64, 8, 2) and box[4] == 1

@@ -6,11 +6,11 @@
 // dealt to the CTAs in equal runs, a CTA's to its warps likewise. Bounds are moved to those of tasks where that costs little;
 // where a task is cut the warps' and the CTAs' parts of it are added, in order. No warp waits for another until then.
 //
-// Each warp has a ring of its own. The key and value that this step adds are put in place of what was requested too early.
+// Each warp has a ring of its own, in which a stretch takes as much room as it has tokens, in eights. The key and value that this step adds are put in place of what was requested too early.
 //
-// Defined by who compiles it: BF16, HEADS, KV_HEADS, HEAD_DIM (64, 128), KV_BLOCK, MAX_SEQS, KV_STAGES (of a warp's ring), SHARED:
+// Defined by who compiles it: BF16, HEADS, KV_HEADS, HEAD_DIM (64, 128), KV_BLOCK, MAX_SEQS, KV_EIGHTS (of a warp's ring), SHARED:
 // bytes of dynamic shared memory, REGISTERS: most of a thread.
-#include "ring.cuh"
+#include "sm90.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM;
 static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product");
@@ -19,12 +19,31 @@ static_assert(GROUP <= 8, "the queries of a KV head are the rows of one product"
 constexpr int NW = 4;
 constexpr int PIECE = GROUP * (HEAD_DIM + 2);       // numbers: weighted values, largest score and sum of each query
 static_assert(KV_BLOCK % TOKENS == 0, "a stretch lies in a block");
-using WarpRing = Ring<KV_STAGES, KV_STAGE>;
+
+// A warp's ring of KV_EIGHTS eights of tokens. A stretch's keys, or values, take up to EIGHTS of them, and a barrier.
+struct WarpRing {
+  u32 data, full;           // full: barriers [KV_EIGHTS], as many as there may be requests
+  int in = 0, out = 0, in_bar = 0, out_bar = 0, room = KV_EIGHTS;
+  u32 parity = 0;
+  static_assert(KV_EIGHTS >= EIGHTS && (KV_EIGHTS & KV_EIGHTS - 1) == 0, "a stretch fits, and % is cheap");
+  __device__ __forceinline__ void wait() const { mbar_wait(full + out_bar * 8, parity); }
+  __device__ __forceinline__ u32 eight(int n) const { return data + (out + n) % KV_EIGHTS * EIGHT; }
+  __device__ __forceinline__ void next_out(int num) {
+    out = (out + num) % KV_EIGHTS;
+    if (++out_bar == KV_EIGHTS) { out_bar = 0; parity ^= 1; }
+  }
+  __device__ __forceinline__ void next_in(int num) {
+    in = (in + num) % KV_EIGHTS;
+    in_bar = (in_bar + 1) % KV_EIGHTS;
+    room -= num;
+  }
+};
 
 struct Args {
   const u16* q;             // [num_seqs, Q_SIZE], rotated
   const u16 *keys, *values; // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
-  const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
+  // Of the same: see `CacheMaps`; in boxes of TOKENS and of eight.
+  const TensorMap *key_map, *value_map, *eight_keys, *eight_values;
   const int* slots;         // [num_seqs]: where this step's keys and values are
   const int* seq_lens;      // [num_seqs], this step's token included; 0: no sequence
   const int* block_table;   // [num_seqs, table_stride]
@@ -98,14 +117,21 @@ struct Deal {
   }
 };
 
-// What a warp requests of the cache: keys, then values, of each of its stretches. It looks up one stretch ahead. (To fetch that to
+// Of the at-th stretch of a context.
+__device__ __forceinline__ int eights_of(int at, int len) { return min((len - at * TOKENS + 7) / 8, EIGHTS); }
+
+// What a warp requests of the cache: keys, then values, of each of its stretches; of the last one of a context the tokens that there
+// are, in eights: all 32 took 2 to 4 % of a step's time (H200, 2026-11-27). It looks up one stretch ahead. (To fetch that to
 // the level-2 cache takes the memory's time while it is short, before the queries are there: a step 1 to 2 % slower; H200, 2026-11-26.)
 struct Requests {
   Stretch next;             // behind the one that is requested
-  int left, block, num_next, y, z;    // left: of it and those behind; block: next's; y, z: where it lies in the tensor
+  int left, num_next, block, len;     // left: of it and those behind; block, len: next's, and of its context
+  int y, z, eights;         // where it lies in the tensor: the y-th eight of the z-th head of a block; and how many eights it has
   bool is_value = false;
   __device__ __forceinline__ void look_up(const Args& p) {
-    block = num_next > 0 ? __ldg(p.block_table + (size_t)next.seq * p.table_stride + next.at * TOKENS / KV_BLOCK) : 0;
+    if (num_next <= 0) return;
+    block = __ldg(p.block_table + (size_t)next.seq * p.table_stride + next.at * TOKENS / KV_BLOCK);
+    len = __ldg(p.seq_lens + next.seq);
   }
   __device__ __forceinline__ void start(const Args& p, const Deal& deal, int first, int num) {
     left = num;
@@ -117,20 +143,25 @@ struct Requests {
   }
   // What was next is to be requested.
   __device__ __forceinline__ void advance(const Args& p, const Deal& deal) {
-    y = next.at * TOKENS % KV_BLOCK;
+    y = next.at * TOKENS % KV_BLOCK / 8;
     z = block * KV_HEADS + next.kv;
+    eights = eights_of(next.at, len);
     if (--num_next <= 0) return;
     if (++next.at == next.num) next.next_task(deal.before, deal.num_seqs);
     look_up(p);
   }
   __device__ __forceinline__ void request(const Args& p, const Deal& deal, WarpRing& ring, int lane, u64 policy) {
     if (lane == 0) {
-      const u32 bar = ring.full + ring.in * 8, to = ring.data + ring.in * KV_STAGE;
-      mbar_expect(bar, KV_STAGE);
-#pragma unroll
-      for (int x = 0; x < HEAD_DIM; x += 64) box_load(to + x / 64 * (TOKENS * 128), is_value ? *p.value_map : *p.key_map, x, y, z, bar, policy);
+      const u32 bar = ring.full + ring.in_bar * 8;
+      mbar_expect(bar, eights * EIGHT);
+      if (eights == EIGHTS && ring.in + EIGHTS <= KV_EIGHTS) {
+        box_load_halves(ring.data + ring.in * EIGHT, is_value ? *p.value_map : *p.key_map, 0, y, z, bar, policy);
+      } else {
+        const TensorMap& map = is_value ? *p.eight_values : *p.eight_keys;
+        for (int n = 0; n < eights; ++n) box_load_halves(ring.data + (ring.in + n) % KV_EIGHTS * EIGHT, map, 0, y + n, z, bar, policy);
+      }
     }
-    ring.next_in();
+    ring.next_in(eights);
     is_value = !is_value;
     if (is_value) return;
     --left;
@@ -159,7 +190,7 @@ __device__ __forceinline__ void load_newest(Queries& to, const Args& p, int seq,
 }
 
 // Shared memory: rings | pieces of tasks that the CTA's warps before began | barriers | `before` | two words.
-constexpr int RINGS = NW * KV_STAGES * KV_STAGE, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * (KV_STAGES + 1) * 8;
+constexpr int RINGS = NW * KV_EIGHTS * EIGHT, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * (KV_EIGHTS + 1) * 8;
 static_assert(RINGS + PIECES + BARRIERS + (MAX_SEQS + 3) * 4 == SHARED, "shared memory as planned");
 
 __device__ __forceinline__ void run(const Args& p) {
@@ -167,13 +198,13 @@ __device__ __forceinline__ void run(const Args& p) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   float2* pieces = reinterpret_cast<float2*>(shared + RINGS);
   u64* bars = reinterpret_cast<u64*>(shared + RINGS + PIECES);
-  int* before = reinterpret_cast<int*>(bars + NW * (KV_STAGES + 1));   // [MAX_SEQS + 1]
+  int* before = reinterpret_cast<int*>(bars + NW * (KV_EIGHTS + 1));   // [MAX_SEQS + 1]
   int* words = before + MAX_SEQS + 1;
-  WarpRing ring{smem32(shared + warp * KV_STAGES * KV_STAGE), smem32(bars + warp * KV_STAGES)};
-  const u32 is_put = smem32(bars + NW * KV_STAGES);      // barriers: a warp's piece is there
+  WarpRing ring{smem32(shared + warp * KV_EIGHTS * EIGHT), smem32(bars + warp * KV_EIGHTS)};
+  const u32 is_put = smem32(bars + NW * KV_EIGHTS);      // barriers: a warp's piece is there
 
   launch_dependents();
-  if (lane < KV_STAGES) mbar_init(ring.full + lane * 8, 1);
+  if (lane < KV_EIGHTS) mbar_init(ring.full + lane * 8, 1);
   if (lane == 0) mbar_init(is_put + warp * 8, 32);
   mbar_init_fence();
   if (warp == 0) {
@@ -211,12 +242,11 @@ __device__ __forceinline__ void run(const Args& p) {
   const u64 policy = evict_first();
   Requests requests;
   requests.start(p, deal, first, last - first);
-  int room = KV_STAGES;        // of the ring
-  for (; room && requests.left > 0; --room) requests.request(p, deal, ring, lane, policy);
-  auto refill = [&]() {
-    if (requests.left > 0) requests.request(p, deal, ring, lane, policy);
-    else ++room;
+  auto refill = [&](int num) {      // as `num` eights have been read
+    ring.room += num;
+    while (requests.left > 0 && requests.eights <= ring.room) requests.request(p, deal, ring, lane, policy);
   };
+  refill(0);
   grid_wait();
 
   auto store = [&](const Softmax& sum, const Stretch& s) {
@@ -276,7 +306,8 @@ __device__ __forceinline__ void run(const Args& p) {
       if (left > 0) load_queries(next_queries, p, next.seq, next.kv, lane);       // they come while this task is worked on
       Softmax mine;
       const bool is_whole = s.at == 0 && end == s.num, is_begun = max(start, first_of_cta) < first;
-      for (; s.at < end; ++s.at) mine.take(queries, ring, s.at * TOKENS, len, len, lane < HEAD_DIM / 8, lane, refill);
+      for (; s.at < end; ++s.at)
+        mine.take(queries, ring, eights_of(s.at, len), s.at * TOKENS, len, len, lane < HEAD_DIM / 8, lane, refill);
       if (is_whole) {
         store(mine, s);
       } else if (is_begun) {
@@ -296,12 +327,14 @@ __device__ __forceinline__ void run(const Args& p) {
 
 extern "C" __global__ __maxnreg__(REGISTERS) void attend(const u16* q, const u16* keys, const u16* values,
                                                                const __grid_constant__ TensorMap key_map,
-                                                               const __grid_constant__ TensorMap value_map, const int* slots,
+                                                               const __grid_constant__ TensorMap value_map,
+                                                               const __grid_constant__ TensorMap eight_keys,
+                                                               const __grid_constant__ TensorMap eight_values, const int* slots,
                                                                const int* seq_lens, const int* block_table, u16* attended, float* pieces,
                                                                int* counts, int table_stride, int num_seqs) {
   Args p{};
-  p.q = q; p.keys = keys; p.values = values; p.key_map = &key_map; p.value_map = &value_map; p.slots = slots; p.seq_lens = seq_lens;
-  p.block_table = block_table; p.attended = attended; p.pieces = pieces; p.counts = counts; p.table_stride = table_stride;
-  p.num_seqs = num_seqs;
+  p.q = q; p.keys = keys; p.values = values; p.key_map = &key_map; p.value_map = &value_map; p.eight_keys = &eight_keys;
+  p.eight_values = &eight_values; p.slots = slots; p.seq_lens = seq_lens; p.block_table = block_table; p.attended = attended;
+  p.pieces = pieces; p.counts = counts; p.table_stride = table_stride; p.num_seqs = num_seqs;
   run(p);
 }

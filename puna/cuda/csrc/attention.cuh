@@ -99,10 +99,7 @@ struct CachedTokens {
     if (lane == 0) {
       const u32 bar = ring.full + ring.in * 8, to = ring.data + ring.in * STAGE;
       mbar_expect(bar, KV_STAGE);
-#pragma unroll
-      for (int x = 0; x < HEAD_DIM; x += 64)
-        box_load(to + x / 64 * (TOKENS * 128), is_value ? *p.value_map : *p.key_map, x, task.at % KV_BLOCK, block * KV_HEADS + task.kv,
-                 bar, policy);
+      box_load_halves(to, is_value ? *p.value_map : *p.key_map, 0, task.at % KV_BLOCK / 8, block * KV_HEADS + task.kv, bar, policy);
     }
     ring.next_in();
     is_value = !is_value;
@@ -120,6 +117,7 @@ struct CachedTokens {
 template <class R, class Refill>
 __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
+  WholeStretches<R> stretches{ring};
   Task task;
   for (task.id = team.first_id; task.find(team.len, team.index); task.id += team.stride) {
     const int len = team.len;
@@ -132,7 +130,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;
       for (; task.at < task.end; task.at += PARTIES * TOKENS)
-        mine.take(fresh, ring, task.at, task.end, len, has_new, lane, refill);
+        mine.take(fresh, stretches, EIGHTS, task.at, task.end, len, has_new, lane, [&](int) { refill(); });
       if (g < GROUP) {
         float* to = merge + (task.party * GROUP + g) * (HEAD_DIM + 2);
 #pragma unroll

@@ -24,7 +24,7 @@ struct Args {
   const int* rows;          // HEAD: [1] row of h
   // QKV; what attention needs:
   u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
-  const TensorMap *key_map, *value_map;     // of the same as (HEAD_DIM, KV_BLOCK, N KV_HEADS), in boxes of (64, TOKENS, 1), swizzled
+  const TensorMap *key_map, *value_map;     // of the same: see `CacheMaps`; in boxes of TOKENS
   const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
   const int *positions, *slots;     // [1]
   const int* seq_lens;      // [1]; 0: no sequence
