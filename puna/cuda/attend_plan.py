@@ -17,7 +17,7 @@ OF_A_MULTIPROCESSOR, RESERVED = 228 * 1024, 1024  # reserved: of each CTA
 _RING_BYTES = 16 * 1024  # of a warp
 # Most registers of a thread, and of one of the products beside it: of each quarter of a
 # multiprocessor one warp of attention and two of a product share 512 a lane.
-REGISTERS, REGISTERS_BESIDE = 200, 152
+REGISTERS, REGISTERS_BESIDE = 208, 152
 
 
 def has_attend(config: EngineConfig) -> bool:

@@ -303,7 +303,7 @@ inline void load_box(u32 dst, const TensorMap& map, const int (&from)[5], u32 ba
   });
 }
 inline void box_load(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u64) { load_box(dst, map, {x, y, z, 0, 0}, bar); }
-inline void box_load_halves(u32 dst, const TensorMap& map, int x, int eight, int head, u32 bar, u64) {
+inline void box_load_eights(u32 dst, const TensorMap& map, int x, int eight, int head, u32 bar, u64) {
   load_box(dst, map, {x, 0, 0, eight, head}, bar);
 }
 inline void bulk_prefetch(const void*, u32) {}
@@ -401,7 +401,6 @@ inline void multiply(float* c, int num, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
   });
   for (int r = 0; r < num; ++r) c[r] += __uint_as_float(lane_out()[r]);
 }
-inline void mma(float (&c)[2], u32 a0, u32 a1, u32 b0, u32 b1) { multiply(c, 2, a0, 0, a1, 0, b0, b1); }
 inline void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply(c, 4, a0, a1, a2, a3, b0, b1); }
 inline float approximate_exp2(float v) { return exp2f(v); }
 inline float approximate_inverse(float v) { return 1 / v; }

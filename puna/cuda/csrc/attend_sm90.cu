@@ -25,16 +25,17 @@ struct WarpRing {
   u32 data, full;           // full: barriers [KV_EIGHTS], as many as there may be requests
   int in = 0, out = 0, in_bar = 0, out_bar = 0, room = KV_EIGHTS;
   u32 parity = 0;
-  static_assert(KV_EIGHTS >= EIGHTS && (KV_EIGHTS & KV_EIGHTS - 1) == 0, "a stretch fits, and % is cheap");
+  static_assert(KV_EIGHTS >= EIGHTS && KV_EIGHTS <= 32, "a stretch fits; a lane for each barrier");
+  static __device__ __forceinline__ int wrapped(int n) { return n < KV_EIGHTS ? n : n - KV_EIGHTS; }
   __device__ __forceinline__ void wait() const { mbar_wait(full + out_bar * 8, parity); }
-  __device__ __forceinline__ u32 eight(int n) const { return data + (out + n) % KV_EIGHTS * EIGHT; }
+  __device__ __forceinline__ u32 eight(int n) const { return data + wrapped(out + n) * EIGHT; }
   __device__ __forceinline__ void next_out(int num) {
-    out = (out + num) % KV_EIGHTS;
+    out = wrapped(out + num);
     if (++out_bar == KV_EIGHTS) { out_bar = 0; parity ^= 1; }
   }
   __device__ __forceinline__ void next_in(int num) {
-    in = (in + num) % KV_EIGHTS;
-    in_bar = (in_bar + 1) % KV_EIGHTS;
+    in = wrapped(in + num);
+    in_bar = wrapped(in_bar + 1);
     room -= num;
   }
 };
@@ -155,10 +156,10 @@ struct Requests {
       const u32 bar = ring.full + ring.in_bar * 8;
       mbar_expect(bar, eights * EIGHT);
       if (eights == EIGHTS && ring.in + EIGHTS <= KV_EIGHTS) {
-        box_load_halves(ring.data + ring.in * EIGHT, is_value ? *p.value_map : *p.key_map, 0, y, z, bar, policy);
+        box_load_eights(ring.data + ring.in * EIGHT, is_value ? *p.value_map : *p.key_map, 0, y, z, bar, policy);
       } else {
         const TensorMap& map = is_value ? *p.eight_values : *p.eight_keys;
-        for (int n = 0; n < eights; ++n) box_load_halves(ring.data + (ring.in + n) % KV_EIGHTS * EIGHT, map, 0, y + n, z, bar, policy);
+        for (int n = 0; n < eights; ++n) box_load_eights(ring.data + ring.wrapped(ring.in + n) * EIGHT, map, 0, y + n, z, bar, policy);
       }
     }
     ring.next_in(eights);
@@ -196,7 +197,7 @@ static_assert(RINGS + PIECES + BARRIERS + (MAX_SEQS + 3) * 4 == SHARED, "shared 
 __device__ __forceinline__ void run(const Args& p) {
   unsigned char* shared = shared_memory();
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
-  float2* pieces = reinterpret_cast<float2*>(shared + RINGS);
+  float* pieces = reinterpret_cast<float*>(shared + RINGS);
   u64* bars = reinterpret_cast<u64*>(shared + RINGS + PIECES);
   int* before = reinterpret_cast<int*>(bars + NW * (KV_EIGHTS + 1));   // [MAX_SEQS + 1]
   int* words = before + MAX_SEQS + 1;
@@ -250,11 +251,10 @@ __device__ __forceinline__ void run(const Args& p) {
   grid_wait();
 
   auto store = [&](const Softmax& sum, const Stretch& s) {
-    if (g >= GROUP) return;
     u32* to = reinterpret_cast<u32*>(p.attended + (size_t)s.seq * Q_SIZE + (s.kv * GROUP + g) * HEAD_DIM) + t;
-    const float r = 1 / sum.l;
-#pragma unroll
-    for (int d = 0; d < HEAD_DIM / 8; ++d) to[d * 4] = pack2(sum.o[d][0] * r, sum.o[d][1] * r);
+    sum.result([&](int eight, u32 pair) {
+      if (g < GROUP) to[eight * 4] = pair;
+    });
   };
   // Of the first of the CTA's warps that have pieces of a task: adds theirs to its own.
   auto collect = [&](Softmax& sum, const Stretch& s, int start) {
@@ -263,15 +263,14 @@ __device__ __forceinline__ void run(const Args& p) {
       const int to = deal.first_of_warp(first_of_cta, last_of_cta, w + 1);
       if (from < to) {
         mbar_wait(is_put + w * 8, 0);
-        sum.add<false>(pieces + (w - 1) * (PIECE / 2), GROUP, lane);
+        sum.add<false>(pieces + (w - 1) * PIECE, lane);
       }
       from = to;
     }
     const bool begins = start >= first_of_cta;
     if (begins && end <= last_of_cta) return store(sum, s);
     // Whoever comes last adds up what the CTAs have, in order.
-    float2* all = reinterpret_cast<float2*>(p.pieces);
-    sum.put<true>(all + (size_t)(blockIdx.x * 2 + begins) * (PIECE / 2), GROUP, lane);
+    sum.put<true>(p.pieces + (size_t)(blockIdx.x * 2 + begins) * PIECE, lane);
     const int from = deal.cta_of(start), to = deal.cta_of(end - 1);
     __threadfence();
     __syncwarp();
@@ -280,7 +279,7 @@ __device__ __forceinline__ void run(const Args& p) {
     __threadfence();
     Softmax total;
 #pragma unroll 2
-    for (int c = from; c <= to; ++c) total.add<true>(all + (size_t)(c * 2 + (c == from)) * (PIECE / 2), GROUP, lane);
+    for (int c = from; c <= to; ++c) total.add<true>(p.pieces + (size_t)(c * 2 + (c == from)) * PIECE, lane);
     store(total, s);
     if (lane == 0) p.counts[from] = 0;
   };
@@ -308,10 +307,11 @@ __device__ __forceinline__ void run(const Args& p) {
       const bool is_whole = s.at == 0 && end == s.num, is_begun = max(start, first_of_cta) < first;
       for (; s.at < end; ++s.at)
         mine.take(queries, ring, eights_of(s.at, len), s.at * TOKENS, len, len, lane < HEAD_DIM / 8, lane, refill);
+      mine.finish();
       if (is_whole) {
         store(mine, s);
       } else if (is_begun) {
-        mine.put<false>(pieces + (warp - 1) * (PIECE / 2), GROUP, lane);
+        mine.put<false>(pieces + (warp - 1) * PIECE, lane);
         mbar_arrive(is_put + warp * 8);
       } else {
         collect(mine, s, start);

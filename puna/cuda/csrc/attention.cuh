@@ -99,7 +99,7 @@ struct CachedTokens {
     if (lane == 0) {
       const u32 bar = ring.full + ring.in * 8, to = ring.data + ring.in * STAGE;
       mbar_expect(bar, KV_STAGE);
-      box_load_halves(to, is_value ? *p.value_map : *p.key_map, 0, task.at % KV_BLOCK / 8, block * KV_HEADS + task.kv, bar, policy);
+      box_load_eights(to, is_value ? *p.value_map : *p.key_map, 0, task.at % KV_BLOCK / 8, block * KV_HEADS + task.kv, bar, policy);
     }
     ring.next_in();
     is_value = !is_value;
@@ -116,7 +116,7 @@ struct CachedTokens {
 // A warp's part of its team's tasks. `merge` [PARTIES][GROUP][HEAD_DIM + 2] is the team's own.
 template <class R, class Refill>
 __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team, float* merge, int* word, u32 tag, Refill refill) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, tid = team.index * 32 + lane, num_threads = team.width * 32;
+  const int lane = threadIdx.x & 31, tid = team.index * 32 + lane, num_threads = team.width * 32;
   WholeStretches<R> stretches{ring};
   Task task;
   for (task.id = team.first_id; task.find(team.len, team.index); task.id += team.stride) {
@@ -131,12 +131,13 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
       Softmax mine;
       for (; task.at < task.end; task.at += PARTIES * TOKENS)
         mine.take(fresh, stretches, EIGHTS, task.at, task.end, len, has_new, lane, [&](int) { refill(); });
-      if (g < GROUP) {
-        float* to = merge + (task.party * GROUP + g) * (HEAD_DIM + 2);
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; ++d) *reinterpret_cast<float2*>(to + d * 8 + 2 * t) = make_float2(mine.o[d][0], mine.o[d][1]);
-        if (t == 0) { to[HEAD_DIM] = mine.m; to[HEAD_DIM + 1] = mine.l; }
-      }
+      mine.finish();
+      float* to = merge + task.party * GROUP * (HEAD_DIM + 2);
+      mine.each(lane, [&](float v, int head, int d) { to[head * (HEAD_DIM + 2) + d] = v; });
+      mine.each_sum(lane, [&](float top, float sum, int head) {
+        to[head * (HEAD_DIM + 2) + HEAD_DIM] = top;
+        to[head * (HEAD_DIM + 2) + HEAD_DIM + 1] = sum;
+      });
     }
     team.sync();
     // A thread has two dimensions of a head.

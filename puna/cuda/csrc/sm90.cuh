@@ -66,6 +66,14 @@ __device__ __forceinline__ void box_load(u32 dst, const TensorMap& map, int x, i
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar), "l"(policy)
       : "memory");
 }
+// A box of a tensor of five dimensions: columns, eight rows, parts that go together, eights of rows, heads; of the second and third all.
+__device__ __forceinline__ void box_load_eights(u32 dst, const TensorMap& map, int x, int eight, int head, u32 bar, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2,%3,%3,%4,%5}], [%6], %7;" ::"r"(dst),
+      "l"(&map), "r"(x), "r"(0), "r"(eight), "r"(head), "r"(bar), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void bulk_prefetch(const void* src, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
@@ -136,14 +144,6 @@ __device__ __forceinline__ u16 pack1(float v) {
 }
 // A number for the cache: float16 after clipping to its range.
 __device__ __forceinline__ float clipped(float v) { return BF16 ? v : fminf(fmaxf(v, -65504.f), 65504.f); }
-// c += a b for rows 0 to 7 of the sixteen: the others are zeros.
-__device__ __forceinline__ void mma(float (&c)[2], u32 a0, u32 a1, u32 b0, u32 b1) {
-  [[maybe_unused]] float none0, none1;
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." DT "." DT
-               ".f32 {%0,%1,%2,%3}, {%4,%6,%5,%6}, {%7,%8}, {%0,%1,%9,%9};"
-               : "+f"(c[0]), "+f"(c[1]), "=f"(none0), "=f"(none1)
-               : "r"(a0), "r"(a1), "r"(0), "r"(b0), "r"(b1), "f"(0.f));
-}
 // c += a b for sixteen rows and eight columns.
 __device__ __forceinline__ void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." DT "." DT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -1,6 +1,6 @@
 // Keys and values of a stretch of tokens in shared memory, and a warp's softmax over such stretches.
 //
-// Defined by who compiles it: HEAD_DIM (64, 128).
+// Defined by who includes it: HEAD_DIM (64, 128), GROUP: query heads of a KV head, at most eight.
 #pragma once
 #include "sm90.cuh"
 
@@ -29,17 +29,36 @@ struct Queries {
   uint4 key, value;
 };
 
-// A warp's softmax over its stretches of a task: for row g (a query head) the largest score, the sum, the weighted values.
+// A warp's softmax over its stretches of a task. Tokens are the rows of the scores' product, dimensions those of the values', so that the
+// query heads of a KV head need no more than the eight columns. Lane (g, t) has heads 2t and 2t + 1: the largest score, the sum (of
+// its own tokens, until `finish`), and of each sixteen dimensions the weighted values of the g-th and of the (g + 8)-th.
 struct Softmax {
-  static constexpr int UNITS = HEAD_DIM / 32, TILES = HEAD_DIM / 8;
-  float o[TILES][2] = {}, m = -INFINITY_F, l = 0;
-  template <bool GLOBAL>
-  static __device__ __forceinline__ void put_pair(float2* to, float2 v) {
-    if (GLOBAL) __stcg(to, v);
-    else *to = v;
+  static constexpr int UNITS = HEAD_DIM / 32, TILES = HEAD_DIM / 16, HEADS_OF_LANE = GROUP == 1 ? 1 : 2;
+  float o[TILES][4] = {}, m[HEADS_OF_LANE], l[HEADS_OF_LANE] = {};
+  __device__ __forceinline__ Softmax() {
+#pragma unroll
+    for (int j = 0; j < HEADS_OF_LANE; ++j) m[j] = -INFINITY_F;
   }
-  template <bool GLOBAL>
-  static __device__ __forceinline__ float2 pair_at(const float2* from) { return GLOBAL ? __ldcg(from) : *from; }
+  // What a lane has of each head that there is: call(value, head, dimension).
+  template <class Call>
+  __device__ __forceinline__ void each(int lane, Call call) {
+#pragma unroll
+    for (int j = 0; j < HEADS_OF_LANE; ++j) {
+      const int head = lane % 4 * 2 + j;
+      if (head >= GROUP) continue;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) call(o[i][2 * r + j], head, i * 16 + r * 8 + lane / 4);
+    }
+  }
+  // Of the heads whose sums a lane tells: call(largest score, sum, head).
+  template <class Call>
+  __device__ __forceinline__ void each_sum(int lane, Call call) const {
+#pragma unroll
+    for (int j = 0; j < HEADS_OF_LANE; ++j)
+      if (lane / 4 == 0 && lane % 4 * 2 + j < GROUP) call(m[j], l[j], lane % 4 * 2 + j);
+  }
   // Keys and then values of a stretch from token `at` on lie in the ring, `num` eights of each; `refill(num)` is called as each have
   // been read.
   template <class R, class Refill>
@@ -51,48 +70,59 @@ struct Softmax {
       if (has_new) sts128(ring.eight(pos / 8) + kv_piece(pos % 8, lane), fresh.key);
       __syncwarp();
     }
-    float s[EIGHTS][2] = {};      // tokens 2t and 2t + 1 of each eight; of those that are not there whatever the last has
-    u32 of[EIGHTS];
+    constexpr int SIXTEENS = EIGHTS / 2;
+    float s[SIXTEENS][4] = {};    // tokens g and g + 8 of each sixteen, heads 2t and 2t + 1; of tokens that are not there whatever the last have
 #pragma unroll
-    for (int n = 0; n < EIGHTS; ++n) of[n] = ring.eight(min(n, num - 1));
+    for (int n = 0; n < SIXTEENS; ++n) {
+      const u32 low = ring.eight(min(n * 2, num - 1)), high = ring.eight(min(n * 2 + 1, num - 1));
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-      for (int n = 0; n < EIGHTS; ++n) {
-        const uint4 k = lds128(of[n] + kv_piece(g, u / 2 * 8 + t * 2 + u % 2));
-        mma(s[n], fresh.q[u][0], fresh.q[u][1], k.x, k.y);
-        mma(s[n], fresh.q[u][2], fresh.q[u][3], k.z, k.w);
+      for (int u = 0; u < UNITS; ++u) {
+        const u32 piece = kv_piece(g, u / 2 * 8 + t * 2 + u % 2);
+        const uint4 a = lds128(low + piece), b = lds128(high + piece);
+        mma16(s[n], a.x, b.x, a.y, b.y, fresh.q[u][0], fresh.q[u][1]);
+        mma16(s[n], a.z, b.z, a.w, b.w, fresh.q[u][2], fresh.q[u][3]);
       }
+    }
     if (is_last) async_fence();
     __syncwarp();
     refill(num);
     ring.next_out(num);
     constexpr float scale = 1.4426950408889634f / (HEAD_DIM == 64 ? 8.f : 11.313708498984761f);  // log2(e) / sqrt(HEAD_DIM)
-    float top = m;
 #pragma unroll
-    for (int n = 0; n < EIGHTS; ++n)
+    for (int j = 0; j < HEADS_OF_LANE; ++j) {
+      float top = m[j];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        s[n][j] = at + n * 8 + 2 * t + j < end ? s[n][j] * scale : -INFINITY_F;
-        top = fmaxf(top, s[n][j]);
+      for (int n = 0; n < SIXTEENS; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& score = s[n][2 * r + j];
+          score = at + n * 16 + r * 8 + g < end ? score * scale : -INFINITY_F;
+          top = fmaxf(top, score);
+        }
+#pragma unroll
+      for (int o = 4; o < 32; o *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));    // finite: a stretch's first token is one of the context
+      const float by = approximate_exp2(m[j] - top);
+      m[j] = top;
+      l[j] *= by;
+#pragma unroll
+      for (int n = 0; n < SIXTEENS; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& score = s[n][2 * r + j];
+          score = approximate_exp2(score - top);
+          l[j] += score;
+        }
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        o[i][j] *= by;
+        o[i][2 + j] *= by;
       }
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));     // finite: the first token of a stretch is one of the context
-    const float r = exp2f(m - top);
-    m = top;
-    float sum = 0;
+    }
+    u32 p[SIXTEENS][2];     // tokens 2t and 2t + 1 of each eight, head g
 #pragma unroll
-    for (int n = 0; n < EIGHTS; ++n)
+    for (int n = 0; n < SIXTEENS; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        s[n][j] = exp2f(s[n][j] - m);
-        sum += s[n][j];
-      }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    l = l * r + sum;
-#pragma unroll
-    for (int d = 0; d < TILES; ++d) { o[d][0] *= r; o[d][1] *= r; }
+      for (int r = 0; r < 2; ++r) p[n][r] = transposed(pack2(s[n][2 * r], HEADS_OF_LANE == 2 ? s[n][2 * r + 1] : 0));
     ring.wait();
     if (is_last) {          // zeros after the last token: whatever lies there must not become a NaN
       constexpr int PIECES = HEAD_DIM / 8;
@@ -102,14 +132,13 @@ struct Softmax {
       __syncwarp();
     }
 #pragma unroll
-    for (int n = 0; n < EIGHTS; n += 2) {
-      const u32 a0 = pack2(s[n][0], s[n][1]), a1 = pack2(s[n + 1][0], s[n + 1][1]), from = ring.eight(min(n + (lane >> 3 & 1), num - 1));
+    for (int n = 0; n < SIXTEENS; ++n) {
+      const u32 from = ring.eight(min(n * 2 + lane / 16, num - 1));
 #pragma unroll
-      for (int d = 0; d < TILES; d += 2) {
-        u32 b[4];           // the eight tokens and the next eight, of eight dimensions and of the next eight
-        ldmatrix_t(b, from + kv_piece(lane & 7, d + (lane >> 4)));
-        mma(o[d], a0, a1, b[0], b[1]);
-        mma(o[d + 1], a0, a1, b[2], b[3]);
+      for (int i = 0; i < TILES; ++i) {
+        u32 a[4];           // dimensions g and g + 8 of the sixteen, tokens 2t and 2t + 1, and both of the next eight tokens
+        ldmatrix_t(a, from + kv_piece(lane & 7, i * 2 + (lane >> 3 & 1)));
+        mma16(o[i], a[0], a[1], a[2], a[3], p[n][0], p[n][1]);
       }
     }
     if (is_last) async_fence();
@@ -117,29 +146,49 @@ struct Softmax {
     refill(num);
     ring.next_out(num);
   }
-  // What was found of some tokens, at `piece` [group (HEAD_DIM / 2 + 1)]: by a warp, of `group` queries. GLOBAL: for other CTAs.
-  template <bool GLOBAL>
-  __device__ __forceinline__ void put(float2* piece, int group, int lane) const {
-    const int g = lane >> 2, t = lane & 3;
-    if (g >= group) return;
+  // All of the warp's stretches have been taken.
+  __device__ __forceinline__ void finish() {
 #pragma unroll
-    for (int d = 0; d < TILES; ++d) put_pair<GLOBAL>(piece + (d * group + g) * 4 + t, make_float2(o[d][0], o[d][1]));
-    if (t == 0) put_pair<GLOBAL>(piece + TILES * group * 4 + g, make_float2(m, l));
+    for (int j = 0; j < HEADS_OF_LANE; ++j)
+#pragma unroll
+      for (int o = 4; o < 32; o *= 2) l[j] += __shfl_xor_sync(~0u, l[j], o);
+  }
+  // The attended values, two dimensions of head g: call(eight of dimensions, their 2t-th and next).
+  template <class Call>
+  __device__ __forceinline__ void result(Call call) const {
+    const float first = 1 / l[0], other = HEADS_OF_LANE == 2 ? 1 / l[HEADS_OF_LANE - 1] : 0;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) call(i * 2 + r, transposed(pack2(o[i][2 * r] * first, o[i][2 * r + 1] * other)));
+  }
+  // What was found of some tokens, in `piece` [HEAD_DIM + 2, GROUP]: by a warp. GLOBAL: for other CTAs.
+  template <bool GLOBAL>
+  __device__ __forceinline__ void put(float* piece, int lane) {
+    auto write = [&](float* to, float v) {
+      if (GLOBAL) __stcg(to, v);
+      else *to = v;
+    };
+    each(lane, [&](float& v, int head, int d) { write(piece + d * GROUP + head, v); });
+    each_sum(lane, [&](float top, float sum, int head) {
+      write(piece + HEAD_DIM * GROUP + head, top);
+      write(piece + (HEAD_DIM + 1) * GROUP + head, sum);
+    });
   }
   // And of others.
   template <bool GLOBAL>
-  __device__ __forceinline__ void add(const float2* piece, int group, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    if (g >= group) return;
-    const float2 of_all = pair_at<GLOBAL>(piece + TILES * group * 4 + g);
-    const float top = fmaxf(m, of_all.x), mine = exp2f(m - top), other = exp2f(of_all.x - top);
-    m = top;
-    l = l * mine + of_all.y * other;
+  __device__ __forceinline__ void add(const float* piece, int lane) {
+    auto read = [](const float* from) { return GLOBAL ? __ldcg(from) : *from; };
+    float mine[HEADS_OF_LANE], others[HEADS_OF_LANE];
 #pragma unroll
-    for (int d = 0; d < TILES; ++d) {
-      const float2 v = pair_at<GLOBAL>(piece + (d * group + g) * 4 + t);
-      o[d][0] = o[d][0] * mine + v.x * other;
-      o[d][1] = o[d][1] * mine + v.y * other;
+    for (int j = 0; j < HEADS_OF_LANE; ++j) {
+      const int head = min(lane % 4 * 2 + j, GROUP - 1);
+      const float other_top = read(piece + HEAD_DIM * GROUP + head), top = fmaxf(m[j], other_top);
+      mine[j] = exp2f(m[j] - top);
+      others[j] = exp2f(other_top - top);
+      m[j] = top;
+      l[j] = l[j] * mine[j] + read(piece + (HEAD_DIM + 1) * GROUP + head) * others[j];
     }
+    each(lane, [&](float& v, int head, int d) { v = v * mine[head % 2] + read(piece + d * GROUP + head) * others[head % 2]; });
   }
 };

@@ -11,14 +11,6 @@ __device__ __forceinline__ void box_load_kept(u32 dst, const TensorMap& map, int
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(bar)
       : "memory");
 }
-// A box of a tensor of five dimensions: columns, eight rows, the halves of a head, the eights of a half, heads.
-__device__ __forceinline__ void box_load_halves(u32 dst, const TensorMap& map, int x, int eight, int head, u32 bar, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2,%3,%3,%4,%5}], [%6], %7;" ::"r"(dst),
-      "l"(&map), "r"(x), "r"(0), "r"(eight), "r"(head), "r"(bar), "l"(policy)
-      : "memory");
-}
 // A box to the same place in every CTA of the cluster whose bit is in `mask`, and counted by each one's barrier.
 __device__ __forceinline__ void box_load_shared(u32 dst, const TensorMap& map, int x, int y, int z, u32 bar, u16 mask) {
   asm volatile(

@@ -362,7 +362,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
           const int row = (at.unit + u) * C::UNIT;
           if constexpr (C::ALTERNATES) {
             const u32 there = to + u * C::SLOT * 2 * ROW_BYTES;
-            box_load_halves(there, weights, x, row % (HEAD_DIM / 2) / 8, row / (HEAD_DIM / 2), bar, policy);
+            box_load_eights(there, weights, x, row % (HEAD_DIM / 2) / 8, row / (HEAD_DIM / 2), bar, policy);
           } else {
 #pragma unroll
             for (int half = 0; half < C::HALVES; ++half) box_load(to + half * C::OTHER + u * C::SLOT * ROW_BYTES, weights, x, row, half, bar, policy);
