@@ -122,15 +122,15 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
   for (task.id = team.first_id; task.find(team.len, team.index); task.id += team.stride) {
     const int len = team.len;
     const int newest = task.end == len ? (len - 1 - task.start) / TOKENS % PARTIES : -1;    // the party that meets the new token
-    const bool has_new = newest % team.width == team.index && lane < HEAD_DIM / 8;
+    const bool has_new = newest % team.width == team.index;
     const int parties = min(PARTIES, (task.end - task.start + TOKENS - 1) / TOKENS);     // that have a stretch
     Fresh fresh;
-    if (task.party < parties) fresh.poll(p.fresh, p.error, task.kv, has_new, tag, lane);
+    if (task.party < parties) fresh.poll(p.fresh, p.error, task.kv, has_new && lane < HEAD_DIM / 8, tag, lane);
     team.sync();            // `merge` is free
     for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;
       for (; task.at < task.end; task.at += PARTIES * TOKENS)
-        mine.take(fresh, stretches, EIGHTS, task.at, task.end, len, has_new, lane, [&](int) { refill(); });
+        mine.take(fresh, stretches, EIGHTS, task.at, task.end, len, has_new, lane, refill);
       mine.finish();
       float* to = merge + task.party * GROUP * (HEAD_DIM + 2);
       mine.each(lane, [&](float v, int head, int d) { to[head * (HEAD_DIM + 2) + d] = v; });

@@ -59,15 +59,19 @@ struct Softmax {
     for (int j = 0; j < HEADS_OF_LANE; ++j)
       if (lane / 4 == 0 && lane % 4 * 2 + j < GROUP) call(m[j], l[j], lane % 4 * 2 + j);
   }
-  // Keys and then values of a stretch from token `at` on lie in the ring, `num` eights of each; `refill(num)` is called as each have
-  // been read.
+  // Keys and then values of a stretch from token `at` on lie in the ring, `num` eights of each; `refill` is called as each have been
+  // read. `is_early`: where the stretch holds the token that this step adds, it was requested before the cache had that.
   template <class R, class Refill>
-  __device__ __forceinline__ void take(const Queries& fresh, R& ring, int num, int at, int end, int len, bool has_new, int lane, Refill refill) {
+  __device__ __forceinline__ void take(const Queries& fresh, R& ring, int num, int at, int end, int len, bool is_early, int lane, Refill refill) {
+    constexpr int PIECES = HEAD_DIM / 8;
     const int g = lane >> 2, t = lane & 3, pos = len - 1 - at;
-    const bool is_last = pos < TOKENS;      // the stretch holds the token that this step adds
+    const bool is_last = pos < TOKENS, lacks_new = is_last && is_early;
+    const auto put_new = [&](uint4 v) {
+      if (lane < PIECES) sts128(ring.eight(pos / 8) + kv_piece(pos % 8, lane), v);
+    };
     ring.wait();
-    if (is_last) {
-      if (has_new) sts128(ring.eight(pos / 8) + kv_piece(pos % 8, lane), fresh.key);
+    if (lacks_new) {
+      put_new(fresh.key);
       __syncwarp();
     }
     constexpr int SIXTEENS = EIGHTS / 2;
@@ -83,9 +87,9 @@ struct Softmax {
         mma16(s[n], a.z, b.z, a.w, b.w, fresh.q[u][2], fresh.q[u][3]);
       }
     }
-    if (is_last) async_fence();
+    if (lacks_new) async_fence();
     __syncwarp();
-    refill(num);
+    refill();
     ring.next_out(num);
     constexpr float scale = 1.4426950408889634f / (HEAD_DIM == 64 ? 8.f : 11.313708498984761f);  // log2(e) / sqrt(HEAD_DIM)
 #pragma unroll
@@ -125,10 +129,11 @@ struct Softmax {
       for (int r = 0; r < 2; ++r) p[n][r] = transposed(pack2(s[n][2 * r], HEADS_OF_LANE == 2 ? s[n][2 * r + 1] : 0));
     ring.wait();
     if (is_last) {          // zeros after the last token: whatever lies there must not become a NaN
-      constexpr int PIECES = HEAD_DIM / 8;
-      if (has_new) sts128(ring.eight(pos / 8) + kv_piece(pos % 8, lane), fresh.value);
-      for (int j = pos + 1 + lane / PIECES; j < num * 8; j += 32 / PIECES)
-        sts128(ring.eight(j / 8) + kv_piece(j % 8, lane % PIECES), make_uint4(0, 0, 0, 0));
+      if (lacks_new) put_new(fresh.value);
+      for (int n = pos / 8; n < num; ++n)
+#pragma unroll
+        for (int row = lane / PIECES; row < 8; row += 32 / PIECES)
+          if (n * 8 + row > pos) sts128(ring.eight(n) + kv_piece(row, lane % PIECES), make_uint4(0, 0, 0, 0));
       __syncwarp();
     }
 #pragma unroll
@@ -143,7 +148,7 @@ struct Softmax {
     }
     if (is_last) async_fence();
     __syncwarp();
-    refill(num);
+    refill();
     ring.next_out(num);
   }
   // All of the warp's stretches have been taken.
