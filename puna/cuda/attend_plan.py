@@ -9,17 +9,15 @@ from __future__ import annotations
 from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
 
-NUM_WARPS = 4  # that compute; as many request what they read
+NUM_WARPS = 4
 MAX_SEQS = 64
 STRETCH, EIGHT = 32, 8  # tokens of a copy; the latter where a context ends
 MAX_SHARED = 227 * 1024  # of a CTA, bytes
 OF_A_MULTIPROCESSOR, RESERVED = 228 * 1024, 1024  # reserved: of each CTA
 _RING_BYTES = 16 * 1024  # of a warp
-# Registers of a thread, and most of one of the products beside it: of each quarter of a
-# multiprocessor two warps of attention and two of a product share 512 a lane. One that requests
-# gives its own to one that computes, but for these.
-REGISTERS, REGISTERS_BESIDE = 104, 152
-_REQUEST_REGISTERS = 40
+# Most registers of a thread, and of one of the products beside it: of each quarter of a
+# multiprocessor one warp of attention and two of a product share 512 a lane.
+REGISTERS, REGISTERS_BESIDE = 208, 152
 
 
 def has_attend(config: EngineConfig) -> bool:
@@ -37,7 +35,7 @@ def max_seqs(config: EngineConfig) -> int:
 def attend_shared_bytes(s: FusedShapes, seqs: int) -> int:
     """Rings and their barriers, what warps leave each other, and a table of the sequences."""
     pieces = (NUM_WARPS - 1) * _piece_numbers(s) * 4
-    barriers = NUM_WARPS * (2 * _num_eights(s) + 1) * 8
+    barriers = NUM_WARPS * (_num_eights(s) + 1) * 8
     return NUM_WARPS * _RING_BYTES + pieces + barriers + (seqs + 3) * 4
 
 
@@ -64,7 +62,6 @@ def attend_defines(config: EngineConfig) -> dict[str, int]:
         "KV_EIGHTS": _num_eights(s),
         "SHARED": attend_shared_bytes(s, max_seqs(config)),
         "REGISTERS": REGISTERS,
-        "REQUEST_REGISTERS": _REQUEST_REGISTERS,
     }
 
 

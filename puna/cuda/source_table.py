@@ -108,7 +108,7 @@ def _attend_source(config: EngineConfig) -> CudaSource:
         *(("table_stride", "i32"), ("num_seqs", "i32")),
     )
     shared = attend_shared_bytes(fused_shapes(config), max_seqs(config))
-    kernel = CudaKernel("attend", "attend", arguments, 2 * ATTEND_WARPS, shared, True)
+    kernel = CudaKernel("attend", "attend", arguments, ATTEND_WARPS, shared, True)
     defines = tuple(attend_defines(config).items())
     return CudaSource("attend", "attend_sm90.cu", defines, (kernel,))
 

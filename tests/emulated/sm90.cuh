@@ -307,10 +307,6 @@ inline void box_load_eights(u32 dst, const TensorMap& map, int x, int eight, int
   load_box(dst, map, {x, 0, 0, eight, head}, bar);
 }
 inline void bulk_prefetch(const void*, u32) {}
-template <int N>
-inline void more_registers() {}
-template <int N>
-inline void fewer_registers() {}
 inline void async_fence() {}
 inline uint4 lds128(u32 addr) { return *reinterpret_cast<uint4*>(at(addr)); }
 inline void sts128(u32 addr, uint4 v) { *reinterpret_cast<uint4*>(at(addr)) = v; }

@@ -6,11 +6,10 @@
 // dealt to the CTAs in equal runs, a CTA's to its warps likewise. Bounds are moved to those of tasks where that costs little;
 // where a task is cut the warps' and the CTAs' parts of it are added, in order. No warp waits for another until then.
 //
-// Each warp has a ring of its own, in which a stretch takes as much room as it has tokens, in eights, and a second warp that requests
-// what goes there: to do so itself took a warp a quarter of its time. The key and value that this step adds are put in place of what was requested too early.
+// Each warp has a ring of its own, in which a stretch takes as much room as it has tokens, in eights. The key and value that this step adds are put in place of what was requested too early.
 //
 // Defined by who compiles it: BF16, HEADS, KV_HEADS, HEAD_DIM (64, 128), KV_BLOCK, MAX_SEQS, KV_EIGHTS (of a warp's ring), SHARED:
-// bytes of dynamic shared memory, REGISTERS: of a thread, on average; REQUEST_REGISTERS: of one that requests.
+// bytes of dynamic shared memory, REGISTERS: most of a thread.
 #include "wgmma.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS, Q_SIZE = HEADS * HEAD_DIM;
@@ -21,20 +20,25 @@ constexpr int NW = 4;
 constexpr int PIECE = GROUP * (HEAD_DIM + 2);       // numbers: weighted values, largest score and sum of each query
 static_assert(KV_BLOCK % TOKENS == 0, "a stretch lies in a block");
 
-// A warp's ring of KV_EIGHTS eights of tokens, as the warp reads it. A stretch's keys, or values, take up to EIGHTS of them, and two
-// barriers: `full` and `empty`, of which there are as many as there may be requests.
-__device__ __forceinline__ int wrapped(int n) { return n < KV_EIGHTS ? n : n - KV_EIGHTS; }
-static_assert(KV_EIGHTS >= EIGHTS && KV_EIGHTS <= 16, "a stretch fits; two bits of a word for each request");
+// A warp's ring of KV_EIGHTS eights of tokens. A stretch's keys, or values, take up to EIGHTS of them, and a barrier. Values behind which
+// the next stretch would not begin at a multiple of EIGHTS take some more, so that one copy brings a whole one.
+__device__ __forceinline__ int room_of(int num, bool is_value) { return num + (is_value ? num * 2 % EIGHTS : 0); }
 struct WarpRing {
-  u32 data, full, empty;
-  int out = 0, bar = 0;
+  u32 data, full;           // full: barriers [KV_EIGHTS], as many as there may be requests
+  int in = 0, out = 0, in_bar = 0, out_bar = 0, room = KV_EIGHTS;
   u32 parity = 0;
-  __device__ __forceinline__ void wait() const { mbar_wait(full + bar * 8, parity); }
+  static_assert(EIGHTS == 4 && KV_EIGHTS % EIGHTS == 0 && KV_EIGHTS >= 2 * EIGHTS && KV_EIGHTS <= 32, "whole stretches; a lane for each barrier");
+  static __device__ __forceinline__ int wrapped(int n) { return n < KV_EIGHTS ? n : n - KV_EIGHTS; }
+  __device__ __forceinline__ void wait() const { mbar_wait(full + out_bar * 8, parity); }
   __device__ __forceinline__ u32 eight(int n) const { return data + wrapped(out + n) * EIGHT; }
-  __device__ __forceinline__ void release() const { mbar_arrive(empty + bar * 8); }
-  __device__ __forceinline__ void next_out(int num) {
-    out = wrapped(out + num);
-    if (++bar == KV_EIGHTS) { bar = 0; parity ^= 1; }
+  __device__ __forceinline__ void next_out(int num, bool is_value) {
+    out = wrapped(out + room_of(num, is_value));
+    if (++out_bar == KV_EIGHTS) { out_bar = 0; parity ^= 1; }
+  }
+  __device__ __forceinline__ void next_in(int num, bool is_value) {
+    in = wrapped(in + room_of(num, is_value));
+    in_bar = wrapped(in_bar + 1);
+    room -= room_of(num, is_value);
   }
 };
 
@@ -119,75 +123,58 @@ struct Deal {
 // Of the at-th stretch of a context.
 __device__ __forceinline__ int eights_of(int at, int len) { return min((len - at * TOKENS + 7) / 8, EIGHTS); }
 
-// What is requested of the cache for a warp, by a thread that does nothing else: keys, then values, of each of its stretches; of the
-// last one of a context the tokens that there are, in eights. It looks up one stretch ahead. (To fetch that to the level-2 cache takes
-// the memory's time while it is short, before the queries are there: a step 1 to 2 % slower; H200, 2026-11-26.)
+// What a warp requests of the cache: keys, then values, of each of its stretches; of the last one of a context the tokens that there are,
+// in eights. It looks up one stretch ahead. (To fetch that to the level-2 cache takes the memory's time while it is short, before the
+// queries are there: a step 1 to 2 % slower; H200, 2026-11-26.)
 struct Requests {
-  const Args& p;
-  const Deal& deal;
-  const u32 data, full, empty;
   Stretch next;             // behind the one that is requested
-  int num_next, block, len; // stretches from `next` on; its block, and its context's length
-  int y, z, eights;         // where the one that is requested lies in the tensor: the y-th eight of the z-th head of a block; its eights
-  int in = 0, bar = 0, room = KV_EIGHTS;
-  // Of those that are not read yet: how many, how many eights each has, less one, in two bits each, and the first one's barrier.
-  int num_unread = 0, unread_bar = 0;
-  u32 unread = 0, parity = 0;
-  __device__ __forceinline__ void look_up() {
+  int left, num_next, block, len;     // left: of it and those behind; block, len: next's, and of its context
+  int y, z, eights;         // where it lies in the tensor: the y-th eight of the z-th head of a block; and how many eights it has
+  bool is_value = false, is_ready = false;      // is_ready: y, z and eights are known
+  __device__ __forceinline__ void look_up(const Args& p) {
     if (num_next <= 0) return;
     block = __ldg(p.block_table + (size_t)next.seq * p.table_stride + next.at * TOKENS / KV_BLOCK);
     len = __ldg(p.seq_lens + next.seq);
   }
+  __device__ __forceinline__ void start(const Args& p, const Deal& deal, int first, int num) {
+    left = num;
+    num_next = num;
+    if (num > 0) next.find(deal.before, deal.num_seqs, first);
+    look_up(p);
+  }
   // What was next is to be requested.
-  __device__ __forceinline__ void advance() {
+  __device__ __forceinline__ void advance(const Args& p, const Deal& deal) {
+    if (is_ready || left <= 0) return;
+    is_ready = true;
     y = next.at * TOKENS % KV_BLOCK / 8;
     z = block * KV_HEADS + next.kv;
     eights = eights_of(next.at, len);
     if (--num_next <= 0) return;
     if (++next.at == next.num) next.next_task(deal.before, deal.num_seqs);
-    look_up();
+    look_up(p);
   }
-  __device__ __forceinline__ void request(const TensorMap& map, const TensorMap& map_of_eights, u64 policy) {
-    mbar_expect(full + bar * 8, eights * EIGHT);
-    if (eights == EIGHTS && in + EIGHTS <= KV_EIGHTS) {
-      box_load_eights(data + in * EIGHT, map, 0, y, z, full + bar * 8, policy);
-    } else {
-      for (int n = 0; n < eights; ++n) box_load_eights(data + wrapped(in + n) * EIGHT, map_of_eights, 0, y + n, z, full + bar * 8, policy);
-    }
-    in = wrapped(in + eights);
-    bar = wrapped(bar + 1);
-    room -= eights;
-    unread |= (eights - 1) << 2 * num_unread++;
-  }
-  __device__ __forceinline__ void wait_for_room() {
-    while (room < eights) {
-      mbar_wait(empty + unread_bar * 8, parity);
-      if (++unread_bar == KV_EIGHTS) { unread_bar = 0; parity ^= 1; }
-      room += (unread & 3) + 1;
-      unread >>= 2;
-      --num_unread;
-    }
-  }
-  // Of `num` stretches from the first-th on. What the ring has room for is requested before the kernel in front has ended.
-  __device__ __forceinline__ void run(int first, int num) {
-    if (num <= 0) return;
-    const u64 policy = evict_first();
-    next.find(deal.before, deal.num_seqs, first);
-    num_next = num;
-    look_up();
-    bool may_wait = false;
-    for (int i = 0; i < 2 * num; ++i) {
-      if (i % 2 == 0) advance();
-      if (room < eights) {
-        if (!may_wait) {
-          grid_wait();
-          global_async_fence();
-          may_wait = true;
-        }
-        wait_for_room();
+  __device__ __forceinline__ void request(const Args& p, WarpRing& ring, int lane, u64 policy) {
+    if (lane == 0) {
+      const u32 bar = ring.full + ring.in_bar * 8, to = ring.data + ring.in * EIGHT;
+      mbar_expect(bar, eights * EIGHT);
+      if (eights == EIGHTS) {
+        box_load_eights(to, is_value ? *p.value_map : *p.key_map, 0, y, z, bar, policy);
+      } else {
+        const TensorMap& map = is_value ? *p.eight_values : *p.eight_keys;
+        for (int n = 0; n < eights; ++n) box_load_eights(ring.data + ring.wrapped(ring.in + n) * EIGHT, map, 0, y + n, z, bar, policy);
       }
-      if (i % 2 == 0) request(*p.key_map, *p.eight_keys, policy);
-      else request(*p.value_map, *p.eight_values, policy);
+    }
+    ring.next_in(eights, is_value);
+    is_ready = !is_value;
+    left -= is_value;
+    is_value = !is_value;
+  }
+  // All that there is room for; but what follows is looked into only where a whole stretch could be requested: that takes a while, and
+  // may wait until the warp waits.
+  __device__ __forceinline__ void fill(const Args& p, const Deal& deal, WarpRing& ring, int lane, u64 policy) {
+    for (; left > 0; request(p, ring, lane, policy)) {
+      if (ring.room >= EIGHTS) advance(p, deal);
+      if (!is_ready || ring.room < room_of(eights, is_value)) return;
     }
   }
 };
@@ -213,27 +200,24 @@ __device__ __forceinline__ void load_newest(Queries& to, const Args& p, int seq,
 }
 
 // Shared memory: rings | pieces of tasks that the CTA's warps before began | barriers | `before` | two words.
-constexpr int RINGS = NW * KV_EIGHTS * EIGHT, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * (2 * KV_EIGHTS + 1) * 8;
+constexpr int RINGS = NW * KV_EIGHTS * EIGHT, PIECES = (NW - 1) * PIECE * 4, BARRIERS = NW * (KV_EIGHTS + 1) * 8;
 static_assert(RINGS + PIECES + BARRIERS + (MAX_SEQS + 3) * 4 == SHARED, "shared memory as planned");
 
 __device__ __forceinline__ void run(const Args& p) {
   unsigned char* shared = shared_memory();
-  const int tid = threadIdx.x, warp = tid / 32 % NW, lane = tid & 31, g = lane >> 2, t = lane & 3;
-  const bool requests = tid >= NW * 32;
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   float* pieces = reinterpret_cast<float*>(shared + RINGS);
   u64* bars = reinterpret_cast<u64*>(shared + RINGS + PIECES);
-  int* before = reinterpret_cast<int*>(bars + NW * (2 * KV_EIGHTS + 1));   // [MAX_SEQS + 1]
+  int* before = reinterpret_cast<int*>(bars + NW * (KV_EIGHTS + 1));   // [MAX_SEQS + 1]
   int* words = before + MAX_SEQS + 1;
-  const u32 data = smem32(shared + warp * KV_EIGHTS * EIGHT), full = smem32(bars + warp * 2 * KV_EIGHTS), empty = full + KV_EIGHTS * 8;
-  const u32 is_put = smem32(bars + NW * 2 * KV_EIGHTS);      // barriers: a warp's piece is there
+  WarpRing ring{smem32(shared + warp * KV_EIGHTS * EIGHT), smem32(bars + warp * KV_EIGHTS)};
+  const u32 is_put = smem32(bars + NW * KV_EIGHTS);      // barriers: a warp's piece is there
 
   launch_dependents();
-  if (requests) {
-    if (lane < KV_EIGHTS) mbar_init(full + lane * 8, 1);
-    if (lane < KV_EIGHTS) mbar_init(empty + lane * 8, 32);
-    if (lane == 0) mbar_init(is_put + warp * 8, 32);
-    mbar_init_fence();
-  } else if (warp == 0) {
+  if (lane < KV_EIGHTS) mbar_init(ring.full + lane * 8, 1);
+  if (lane == 0) mbar_init(is_put + warp * 8, 32);
+  mbar_init_fence();
+  if (warp == 0) {
     int sum = 0, longest = 0, num_present = 0;
     for (int base = 0; base < p.num_seqs; base += 32) {
       const int num = base + lane < p.num_seqs ? (__ldg(p.seq_lens + base + lane) + TOKENS - 1) / TOKENS : 0;
@@ -265,15 +249,17 @@ __device__ __forceinline__ void run(const Args& p) {
   const int first_of_cta = deal.first_of_cta(blockIdx.x), last_of_cta = deal.first_of_cta(blockIdx.x + 1);
   const int first = deal.first_of_warp(first_of_cta, last_of_cta, warp), last = deal.first_of_warp(first_of_cta, last_of_cta, warp + 1);
 
-  if (requests) {
-    fewer_registers<REQUEST_REGISTERS>();
-    if (lane == 0) Requests{p, deal, data, full, empty}.run(first, last - first);
-    return;
-  }
-  more_registers<REGISTERS * 2 - REQUEST_REGISTERS>();
-  WarpRing ring{data, full, empty};
-  int num_read = 0;         // eights of keys and values: those of the first ring may have been requested before the cache had the newest
+  const u64 policy = evict_first();
+  Requests requests;
+  requests.start(p, deal, first, last - first);
+  requests.fill(p, deal, ring, lane, policy);
+  auto refill = [&](int num, bool is_value) {
+    ring.room += room_of(num, is_value);
+    requests.fill(p, deal, ring, lane, policy);
+  };
+  int num_read = 0;         // eights of keys and values: those of the first ring were requested before the cache had the newest
   grid_wait();
+  global_async_fence();
 
   auto store = [&](const Softmax& sum, const Stretch& s) {
     u32* to = reinterpret_cast<u32*>(p.attended + (size_t)s.seq * Q_SIZE + (s.kv * GROUP + g) * HEAD_DIM) + t;
@@ -332,7 +318,8 @@ __device__ __forceinline__ void run(const Args& p) {
       const bool is_whole = s.at == 0 && end == s.num, is_begun = max(start, first_of_cta) < first;
       for (; s.at < end; ++s.at) {
         const int num = eights_of(s.at, len);
-        mine.take(queries, ring, num, s.at * TOKENS, len, len, num_read < KV_EIGHTS, lane, [&]() { ring.release(); });
+        requests.advance(p, deal);
+        mine.take(queries, ring, num, s.at * TOKENS, len, len, num_read < KV_EIGHTS, lane, refill);
         num_read += 2 * num;
       }
       mine.finish();

@@ -130,7 +130,7 @@ __device__ __forceinline__ void attend(const Args& p, R& ring, const Team& team,
     for (; task.party < parties; task.begin(task.party + team.width)) {
       Softmax mine;
       for (; task.at < task.end; task.at += PARTIES * TOKENS)
-        mine.take(fresh, stretches, EIGHTS, task.at, task.end, len, has_new, lane, refill);
+        mine.take(fresh, stretches, EIGHTS, task.at, task.end, len, has_new, lane, [&](int, bool) { refill(); });
       mine.finish();
       float* to = merge + task.party * GROUP * (HEAD_DIM + 2);
       mine.each(lane, [&](float v, int head, int d) { to[head * (HEAD_DIM + 2) + d] = v; });

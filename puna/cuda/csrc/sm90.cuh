@@ -77,11 +77,6 @@ __device__ __forceinline__ void box_load_eights(u32 dst, const TensorMap& map, i
 __device__ __forceinline__ void bulk_prefetch(const void* src, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
-// A warpgroup takes registers that another one gave away, until a thread has N. N: a multiple of eight.
-template <int N>
-__device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N>
-__device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 // Between ordinary accesses to shared memory and copies into it that are started afterwards.
 __device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

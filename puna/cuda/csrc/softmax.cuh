@@ -18,7 +18,7 @@ struct WholeStretches {
   u32 stage = 0;
   __device__ __forceinline__ void wait() { stage = ring.wait(); }
   __device__ __forceinline__ u32 eight(int n) const { return stage + n * EIGHT; }
-  __device__ __forceinline__ void next_out(int) { ring.next_out(); }
+  __device__ __forceinline__ void next_out(int, bool) { ring.next_out(); }
 };
 
 // The queries of a KV head as fragments, unit by unit of 32 dimensions: lane (g, t) has of query g the dimensions 16t to 16t + 15 of
@@ -59,8 +59,8 @@ struct Softmax {
     for (int j = 0; j < HEADS_OF_LANE; ++j)
       if (lane / 4 == 0 && lane % 4 * 2 + j < GROUP) call(m[j], l[j], lane % 4 * 2 + j);
   }
-  // Keys and then values of a stretch from token `at` on lie in the ring, `num` eights of each; `refill` is called as each have been
-  // read. `is_early`: where the stretch holds the token that this step adds, it was requested before the cache had that.
+  // Keys and then values of a stretch from token `at` on lie in the ring, `num` eights of each; `refill(num, whether values)` is called as
+  // each have been read. `is_early`: where the stretch holds the token that this step adds, it was requested before the cache had that.
   template <class R, class Refill>
   __device__ __forceinline__ void take(const Queries& fresh, R& ring, int num, int at, int end, int len, bool is_early, int lane, Refill refill) {
     constexpr int PIECES = HEAD_DIM / 8;
@@ -89,8 +89,8 @@ struct Softmax {
     }
     if (lacks_new) async_fence();
     __syncwarp();
-    refill();
-    ring.next_out(num);
+    refill(num, false);
+    ring.next_out(num, false);
     constexpr float scale = 1.4426950408889634f / (HEAD_DIM == 64 ? 8.f : 11.313708498984761f);  // log2(e) / sqrt(HEAD_DIM)
 #pragma unroll
     for (int j = 0; j < HEADS_OF_LANE; ++j) {
@@ -148,8 +148,8 @@ struct Softmax {
     }
     if (is_last) async_fence();
     __syncwarp();
-    refill();
-    ring.next_out(num);
+    refill(num, true);
+    ring.next_out(num, true);
   }
   // All of the warp's stretches have been taken.
   __device__ __forceinline__ void finish() {
