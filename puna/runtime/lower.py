@@ -65,6 +65,7 @@ class Lowering:
         self.block_size = block_size
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
+        self._in_block = np.arange(block_size, dtype=np.int32)
         self._clear()
 
     def _clear(self) -> None:
@@ -199,15 +200,12 @@ class Lowering:
         rows = same.rows
         positions_T = self._num_computed_R[rows]
         seq_lens_S = positions_T + _ONE
-        blocks_T = positions_T // self.block_size
-        slots_T = self._block_table_RM[rows, blocks_T] * self.block_size
-        slots_T += positions_T - blocks_T * self.block_size
-        num_blocks = 1 + max(blocks_T.tolist())
+        num_blocks = 1 + max(positions_T.tolist()) // self.block_size
         step = LoweredStep(
             batch=ForwardBatch(
                 token_ids_T=self._last_token_R[rows],
                 positions_T=positions_T,
-                slots_T=slots_T,
+                slots_T=self._slots(rows),
                 query_start_S1=same.query_start_S1,
                 seq_lens_S=seq_lens_S,
                 block_table_SM=self._block_table_RM[rows, :num_blocks],
@@ -224,32 +222,46 @@ class Lowering:
         self._last_token_R[rows] = same.unknown
         return step
 
+    def _slots(self, rows: Array) -> Array:
+        """The slot of each row's next token."""
+        positions = self._num_computed_R[rows]
+        blocks = positions // self.block_size
+        slots = self._block_table_RM[rows, blocks] * self.block_size
+        slots += positions - blocks * self.block_size
+        return slots
+
+    def _slots_of(self, row: int, start: int, stop: int) -> Array:
+        """The slots of a row's tokens from the start-th to the one before the stop-th."""
+        size = self.block_size
+        first, last = start // size, -(-stop // size)
+        slots = self._block_table_RM[row, first:last, None] * size + self._in_block
+        return slots.reshape(-1)[start - first * size : stop - first * size]
+
     def _lower(self, plan: StepPlan) -> LoweredStep:
-        num_tokens_R = self._is_decoding_R.astype(np.int64)
-        for seq_id, num_tokens in plan.prefills:
-            num_tokens_R[self._row_of[seq_id]] = num_tokens
+        num_tokens_R = self._is_decoding_R.astype(np.int32)
+        prefills = {self._row_of[seq_id]: num_tokens for seq_id, num_tokens in plan.prefills}
+        for row, num_tokens in prefills.items():
+            num_tokens_R[row] = num_tokens
         rows_S = self._order[num_tokens_R[self._order] > 0]
-        num_tokens_S = num_tokens_R[rows_S]
-        num_computed_S = self._num_computed_R[rows_S]
+        num_tokens_S, num_computed_S = num_tokens_R[rows_S], self._num_computed_R[rows_S]
         seq_lens_S = num_computed_S + num_tokens_S
-        query_start_S1 = np.zeros(len(rows_S) + 1, np.int64)
-        np.cumsum(num_tokens_S, out=query_start_S1[1:])
+        query_start_S1 = np.zeros(len(rows_S) + 1, np.int32)
+        num_tokens_S.cumsum(out=query_start_S1[1:])
+        index_of = {row: i for i, row in enumerate(rows_S.tolist()) if row in prefills}
 
-        positions_T = np.arange(query_start_S1[-1]) + np.repeat(
-            num_computed_S - query_start_S1[:-1], num_tokens_S
-        )
-        rows_T = np.repeat(rows_S, num_tokens_S)
-        # Right for decode; rows that prefill are overwritten below.
-        token_ids_T = self._last_token_R[rows_T]
-        prefilling = np.flatnonzero(~self._is_decoding_R[rows_S]).tolist()
-        index_of = {int(rows_S[i]): i for i in prefilling}
+        token_ids_T, positions_T, slots_T = np.empty((3, query_start_S1[-1]), np.int32)
+        if len(index_of) < len(rows_S):
+            is_decoding_S = self._is_decoding_R[rows_S]
+            rows, places = rows_S[is_decoding_S], query_start_S1[:-1][is_decoding_S]
+            token_ids_T[places] = self._last_token_R[rows]
+            positions_T[places] = self._num_computed_R[rows]
+            slots_T[places] = self._slots(rows)
         for row, i in index_of.items():
-            start, stop = query_start_S1[i], query_start_S1[i + 1]
-            known = self._known_tokens[row]
-            token_ids_T[start:stop] = known[num_computed_S[i] : seq_lens_S[i]]
-
-        block_of_T, offset_T = np.divmod(positions_T, self.block_size)
-        slots_T = self._block_table_RM[rows_T, block_of_T] * self.block_size + offset_T
+            here = slice(query_start_S1[i], query_start_S1[i + 1])
+            start, stop = int(num_computed_S[i]), int(seq_lens_S[i])
+            token_ids_T[here] = self._known_tokens[row][start:stop]
+            positions_T[here] = np.arange(start, stop, dtype=np.int32)
+            slots_T[here] = self._slots_of(row, start, stop)
         num_blocks = -(-int(seq_lens_S.max()) // self.block_size)
 
         has_caught_up_S = seq_lens_S == self._num_known_R[rows_S]
@@ -258,10 +270,10 @@ class Lowering:
         )
         batch = ForwardBatch(
             token_ids_T=token_ids_T,
-            positions_T=positions_T.astype(np.int32),
-            slots_T=slots_T.astype(np.int32),
-            query_start_S1=query_start_S1.astype(np.int32),
-            seq_lens_S=seq_lens_S.astype(np.int32),
+            positions_T=positions_T,
+            slots_T=slots_T,
+            query_start_S1=query_start_S1,
+            seq_lens_S=seq_lens_S,
             block_table_SM=self._block_table_RM[rows_S, :num_blocks],
             logits_rows_L=logits_rows_L.astype(np.int32),
         )
