@@ -191,9 +191,8 @@ __device__ __forceinline__ void load_queries(Queries& to, const Args& p, int seq
     to.q[u][3] = v.w;
   }
 }
-__device__ __forceinline__ void load_newest(Queries& to, const Args& p, int seq, int kv, int lane) {
+__device__ __forceinline__ void load_newest(Queries& to, const Args& p, int slot, int kv, int lane) {
   if (lane >= HEAD_DIM / 8) return;
-  const int slot = __ldg(p.slots + seq);
   const size_t at = (((size_t)(slot / KV_BLOCK) * KV_HEADS + kv) * KV_BLOCK + slot % KV_BLOCK) * HEAD_DIM + lane * 8;
   to.key = ldcg128(p.keys + at);
   to.value = ldcg128(p.values + at);
@@ -257,15 +256,38 @@ __device__ __forceinline__ void run(const Args& p) {
     ring.room += room_of(num, is_value);
     requests.fill(p, deal, ring, lane, policy);
   };
-  int num_read = 0;         // eights of keys and values: those of the first ring were requested before the cache had the newest
+  int left = last - first, num_read = 0;    // num_read: eights; those of the first ring were requested before the cache had the newest
+  // What a task is known by is looked up while the one before is worked on, the first one's before the queries are there.
+  Stretch s, next;
+  Queries queries, next_queries;
+  int len = 0, next_len = 0, slot = 0, next_slot = 0;
+  if (left > 0) {
+    next.find(before, p.num_seqs, first);
+    next_len = __ldg(p.seq_lens + next.seq);
+    next_slot = __ldg(p.slots + next.seq);
+  }
   grid_wait();
-  global_async_fence();
+  if (left > 0) {
+    load_queries(next_queries, p, next.seq, next.kv, lane);
+    load_newest(queries, p, next_slot, next.kv, lane);
+  }
+  global_async_fence();     // behind those loads
 
   auto store = [&](const Softmax& sum, const Stretch& s) {
-    u32* to = reinterpret_cast<u32*>(p.attended + (size_t)s.seq * Q_SIZE + (s.kv * GROUP + g) * HEAD_DIM) + t;
-    sum.result([&](int eight, u32 pair) {
-      if (g < GROUP) to[eight * 4] = pair;
-    });
+    u32* to = reinterpret_cast<u32*>(p.attended + (size_t)s.seq * Q_SIZE + s.kv * GROUP * HEAD_DIM);
+    if constexpr (GROUP == 1) {       // four lanes have all: a lane takes what it stores of them
+      u32 pairs[HEAD_DIM / 64];
+      sum.result([&](int eight, u32 pair) {
+        pair = __shfl_sync(~0u, pair, t);
+        if (eight % 8 == g) pairs[eight / 8] = pair;
+      });
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 64; ++i) to[i * 32 + lane] = pairs[i];
+    } else {
+      sum.result([&](int eight, u32 pair) {
+        if (g < GROUP) to[g * (HEAD_DIM / 2) + eight * 4 + t] = pair;
+      });
+    }
   };
   // Of the first of the CTA's warps that have pieces of a task: adds theirs to its own.
   auto collect = [&](Softmax& sum, const Stretch& s, int start) {
@@ -295,25 +317,25 @@ __device__ __forceinline__ void run(const Args& p) {
     if (lane == 0) p.counts[from] = 0;
   };
 
-  int left = last - first;
   if (left > 0) {
-    Stretch s;
-    s.find(before, p.num_seqs, first);
-    Queries queries, next_queries;
-    load_queries(next_queries, p, s.seq, s.kv, lane);
     for (int at = first;;) {
-      const int len = __ldg(p.seq_lens + s.seq), end = min(s.num, s.at + left), start = at - s.at;
+      s = next;
+      len = next_len;
+      slot = next_slot;
+      const int end = min(s.num, s.at + left), start = at - s.at;
       left -= end - s.at;
       at = start + s.num;
-      Stretch next = s;
-      next.at = 0;
-      if (left > 0) next.next_task(before, p.num_seqs);
 #pragma unroll
       for (int u = 0; u < HEAD_DIM / 32; ++u)
 #pragma unroll
         for (int j = 0; j < 4; ++j) queries.q[u][j] = next_queries.q[u][j];
-      if (num_read < KV_EIGHTS) load_newest(queries, p, s.seq, s.kv, lane);
-      if (left > 0) load_queries(next_queries, p, next.seq, next.kv, lane);       // they come while this task is worked on
+      if (num_read && num_read < KV_EIGHTS) load_newest(queries, p, slot, s.kv, lane);
+      if (left > 0) {
+        next.next_task(before, p.num_seqs);
+        next_len = __ldg(p.seq_lens + next.seq);
+        next_slot = __ldg(p.slots + next.seq);
+        load_queries(next_queries, p, next.seq, next.kv, lane);
+      }
       Softmax mine;
       const bool is_whole = s.at == 0 && end == s.num, is_begun = max(start, first_of_cta) < first;
       for (; s.at < end; ++s.at) {
@@ -332,7 +354,6 @@ __device__ __forceinline__ void run(const Args& p) {
         collect(mine, s, start);
       }
       if (left <= 0) break;
-      s = next;
     }
   }
   for (int seq = blockIdx.x; seq < p.num_seqs; seq += gridDim.x)        // zeros for who has no context
