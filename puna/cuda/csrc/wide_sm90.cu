@@ -19,80 +19,30 @@
 // same), ATTENTION_BIAS, MLP_BIAS; of each kernel SHARED_<kernel>: bytes of dynamic shared memory, UNIT_<kernel>: rows of a box,
 // MOST_<kernel>: units of a tile, CLUSTER_<kernel>: CTAs that share columns, STAGES_<kernel>: of the ring; REGISTERS_BESIDE: most of a
 // thread of those beside attention.
+constexpr int HELPERS = 3;                          // warps
 #include "best.cuh"
 #include "cluster.cuh"
 #include "enter.cuh"
-#include "layer.cuh"
-#include "wgmma.cuh"
+#include "wide.cuh"
 
-constexpr int COLUMNS = 64, ROW_BYTES = COLUMNS * 2, BLOCK = 64;
+constexpr int BLOCK = 64;                           // rows of a wgmma
 constexpr int EIGHTS = TOKENS / 8;                  // of tokens
-constexpr int COMPUTE = 4, HELPERS = 3;             // warps; one more copies
+constexpr int COMPUTE = 4;                          // warps; one copies, HELPERS more
 constexpr int TURNED = 8 * 20;                      // numbers, of a warp: eight tokens of sixteen rows each, and four more: no conflicts of banks
-constexpr int MAX_STAGES = 32, BEHIND = 2;          // BEHIND: stages that are requested behind the input
-constexpr int MAX_CTAS = 256;                       // puna.cuda_memory.MAX_MULTIPROCESSORS
 
-enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
-#define OF_MODE(name) (MODE == QKV ? name##_qkv : MODE == OUT ? name##_out : MODE == GATE_UP ? name##_gate_up : MODE == DOWN ? name##_down : name##_head)
-
-struct Args {
-  const float* bias;        // [N], where the kernel has one
-  int num_tokens;
-  // Of QKV and GATE_UP: the norm's factor is in the input, or to be had from the sums of squares of h, [TOKENS, gridDim.x].
-  int is_finished;
-  const float* sums;
-  // QKV
-  const float *cos, *sin;   // [max_seq_len, HEAD_DIM / 2]
-  const int *positions, *slots;     // [num_tokens]
-  u16* q;                   // [num_tokens, Q_SIZE]
-  u16 *keys, *values;       // of this layer: [N, KV_HEADS, KV_BLOCK, HEAD_DIM]
-  // OUT, DOWN
-  float* h;                 // the residual [num_tokens, HIDDEN]
-  const float* gamma;       // [HIDDEN]: of the next norm, or null
-  u16* next;                // [num_tokens, HIDDEN], and the sums that go with it
-  float* new_sums;
-  u16* y;                   // GATE_UP: [num_tokens, FFN]
-  float* logits;            // HEAD: [num_tokens, VOCAB]
-  float2* best;             // HEAD: [gridDim.x, TOKENS] (value, token)
-  int* epoch;               // HEAD: counts steps
-};
-
-// How a product is cut. A unit is a box of UNIT rows, or two, of halves that belong together: of a head, or gate and up. A tile is as
-// many units as a CTA multiplies at a time.
+// Of a CTA's tile, what is peculiar to weights as the first operand.
 template <int MODE, int K>
-struct Cut {
-  static constexpr int HALVES = MODE == QKV || MODE == GATE_UP ? 2 : 1;
-  static constexpr int UNIT = OF_MODE(UNIT), SLOT = (UNIT + 7) / 8 * 8, MOST = OF_MODE(MOST), CLUSTER = OF_MODE(CLUSTER);
-  static constexpr int ROWS_OF_HALF = MODE == QKV ? ALL_HEADS * HEAD_DIM / 2 : MODE == GATE_UP ? FFN : MODE == HEAD ? VOCAB : HIDDEN;
-  static constexpr int UNITS = (ROWS_OF_HALF + UNIT - 1) / UNIT;
-  static constexpr int HALF = MOST * SLOT;          // rows of a half of a tile, in shared memory
-  static constexpr int BLOCKS = (HALF + BLOCK - 1) / BLOCK;           // of either half
-  // In shared memory the halves of a head alternate, eight rows each, as its one box has them; gate and up follow each other.
-  static constexpr bool ALTERNATES = MODE == QKV;
-  static constexpr int OTHER = (ALTERNATES ? 8 : HALF) * ROW_BYTES;   // from a half to the other
-  static constexpr int CHUNKS = K / COLUMNS;
-  static constexpr int INPUT = TOKENS * ROW_BYTES, STAGE = INPUT + HALVES * HALF * ROW_BYTES;
+struct Cut : Units<MODE, K> {
+  using U = Units<MODE, K>;
+  static constexpr int BLOCKS = (U::HALF + BLOCK - 1) / BLOCK;        // of either half
   // Of a cluster each CTA finishes half of the tokens; where those are eight, half of the warps' rows.
-  static constexpr int MINE = CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
-  static constexpr int SENDERS = (CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
-  static constexpr int RECEIVED = CLUSTER == 2 ? HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
+  static constexpr int MINE = U::CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
+  static constexpr int SENDERS = (U::CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
+  static constexpr int RECEIVED = U::CLUSTER == 2 ? U::HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
   static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
   static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
-  static constexpr int BEYOND = (ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
-  static constexpr int STAGES = OF_MODE(STAGES);
-  static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0, "whole chunks, and rows that are stored together");
-  static_assert(STAGES >= 3 && STAGES <= MAX_STAGES && STAGES * STAGE + BEYOND <= RING, "shared memory as planned");
-  static_assert(MODE != QKV || HEAD_DIM / 2 % SLOT == 0, "a unit lies in a head");
-};
-
-// A place in the ring.
-template <int STAGES>
-struct Turn {
-  int at = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == STAGES) { at = 0; parity ^= 1; }
-  }
+  static constexpr int BEYOND = (U::ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - U::HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
+  static_assert(U::STAGES * U::STAGE + BEYOND <= RING, "shared memory as planned");
 };
 
 // What the sums become. Lane (g, t) has of each block, turned, rows 4t to 4t + 3 of its warp's sixteen, and of each eight tokens the g-th.
@@ -270,31 +220,6 @@ struct Finish {
   }
 };
 
-// The norm's factor of each token, from the sums of squares of all CTAs, in a fixed order, by HELPERS warps. `done`: a barrier.
-template <int K>
-__device__ __forceinline__ void work_out_scales(const Args& p, float* scales, u32 done, int helper, int lane) {
-  constexpr int EACH = (MAX_CTAS + 31) / 32, AT_ONCE = 4;
-  for (int first = helper * AT_ONCE; first < p.num_tokens; first += HELPERS * AT_ONCE) {
-    float squares[AT_ONCE][EACH];
-#pragma unroll
-    for (int t = 0; t < AT_ONCE; ++t)
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const int cta = i * 32 + lane;
-        squares[t][i] = !p.is_finished && cta < gridDim.x ? __ldcg(p.sums + (first + t) * gridDim.x + cta) : 0;
-      }
-#pragma unroll
-    for (int t = 0; t < AT_ONCE; ++t) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) sum += squares[t][i];
-      sum = warp_sum(sum);
-      if (lane == 0) scales[first + t] = p.is_finished ? 1 : rsqrtf(sum / K + EPS) / SCALE;
-    }
-  }
-  mbar_arrive(done);
-}
-
 // A lane's sums of half of the tokens, from eight FIRST on, and where the cluster exchanges them: call(four sums, address).
 template <class C, int FIRST, class Call>
 __device__ __forceinline__ void exchange(float (&d)[C::HALVES][C::BLOCKS][TOKENS / 2], u32 place, Call call) {
@@ -340,52 +265,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
   }
 
   if (warp == COMPUTE) {
-    if (lane == 0) {
-      const u64 policy = evict_first();      // without which a step is 3 to 7 % slower (H200, 2026-11-27)
-      const int input_bytes = (p.num_tokens + 7) / 8 * 8 * ROW_BYTES;
-      // Chunks of all tiles in order; the copies of weights and of the input go through them apart.
-      struct At {
-        int unit, chunk;
-      };
-      auto next = [&](At& at) {
-        if (++at.chunk < num_chunks) return;
-        at.chunk = 0;
-        at.unit += C::MOST;
-      };
-      auto load_weights = [&](const At& at, int stage) {
-        const int num = min(C::MOST, last_unit - at.unit), x = (first_chunk + at.chunk) * COLUMNS;
-        const u32 bar = full + stage * 8, to = data + stage * C::STAGE + C::INPUT;
-        mbar_expect(bar, input_bytes + num * C::HALVES * C::UNIT * ROW_BYTES);
-#pragma unroll
-        for (int u = 0; u < C::MOST; ++u) {
-          if (u == num) break;
-          const int row = (at.unit + u) * C::UNIT;
-          if constexpr (C::ALTERNATES) {
-            const u32 there = to + u * C::SLOT * 2 * ROW_BYTES;
-            box_load_eights(there, weights, x, row % (HEAD_DIM / 2) / 8, row / (HEAD_DIM / 2), bar, policy);
-          } else {
-#pragma unroll
-            for (int half = 0; half < C::HALVES; ++half) box_load(to + half * C::OTHER + u * C::SLOT * ROW_BYTES, weights, x, row, half, bar, policy);
-          }
-        }
-      };
-      auto load_input = [&](const At& at, int stage) {
-        box_load_kept(data + stage * C::STAGE, input, (first_chunk + at.chunk) * COLUMNS, 0, 0, full + stage * 8);
-      };
-      At at{first_unit, 0}, early = at;
-      int num_early = 0;
-      // The last stages are requested behind the input, which waits behind all copies that are under way.
-      for (; num_early < C::STAGES - BEHIND && early.unit < last_unit; ++num_early, next(early)) load_weights(early, num_early);
-      grid_wait();
-      global_async_fence();
-      for (int i = 0; i < num_early; ++i, next(at)) load_input(at, i);
-      Turn<C::STAGES> turn{num_early, 1};
-      for (; at.unit < last_unit; next(at), turn.next()) {
-        mbar_wait(empty + turn.at * 8, turn.parity);        // at once, of what was never used
-        load_weights(at, turn.at);
-        load_input(at, turn.at);
-      }
-    }
+    if (lane == 0) copy_chunks<C>(p.num_tokens, weights, input, data, full, empty, first_unit, last_unit, first_chunk, num_chunks);
     __syncwarp();
     if (C::CLUSTER == 2) cluster_wait();
   } else if (warp > COMPUTE) {
@@ -473,36 +353,8 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
   // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
 }
 
-#define KERNEL(name, registers) extern "C" __global__ __cluster_dims__(CLUSTER_##name, 1, 1) __maxnreg__(registers) void name
-
-KERNEL(qkv, REGISTERS_BESIDE)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums, int is_finished,
-            const float* cos, const float* sin, const int* positions, const int* slots, u16* q, u16* keys, u16* values, int num_tokens) {
-  Args p{};
-  p.bias = bias; p.num_tokens = num_tokens; p.is_finished = is_finished; p.sums = sums; p.cos = cos; p.sin = sin; p.positions = positions;
-  p.slots = slots; p.q = q; p.keys = keys; p.values = values;
-  run<QKV, HIDDEN>(p, w, x);
-}
-
-KERNEL(out, REGISTERS_BESIDE)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
-            u16* next, float* new_sums, int num_tokens) {
-  Args p{};
-  p.bias = bias; p.num_tokens = num_tokens; p.h = h; p.gamma = gamma; p.next = next; p.new_sums = new_sums;
-  run<OUT, Q_SIZE>(p, w, x);
-}
-
-KERNEL(gate_up, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums,
-                int is_finished, u16* y, int num_tokens) {
-  Args p{};
-  p.bias = bias; p.num_tokens = num_tokens; p.is_finished = is_finished; p.sums = sums; p.y = y;
-  run<GATE_UP, HIDDEN>(p, w, x);
-}
-
-KERNEL(down, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
-             u16* next, float* new_sums, int num_tokens) {
-  Args p{};
-  p.bias = bias; p.num_tokens = num_tokens; p.h = h; p.gamma = gamma; p.next = next; p.new_sums = new_sums;
-  run<DOWN, FFN>(p, w, x);
-}
+constexpr int MOST_REGISTERS = 255;                 // of a thread, where attention is not beside it
+#include "wide_kernels.cuh"
 
 KERNEL(head, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, float* logits, float2* best, int* epoch, int num_tokens) {
   Args p{};
