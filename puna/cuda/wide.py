@@ -74,7 +74,7 @@ class WideDecode:
         self._launch(
             "qkv",
             len(q_TQ),
-            self._maps.weight("qkv", weight_XK),
+            self._maps.weight("qkv", weight_XK, len(q_TQ)),
             self._next(len(q_TQ)),
             self._bias(bias_N),
             self._arrays["fused_sums"],
@@ -100,6 +100,9 @@ class WideDecode:
     ) -> None:
         attended_TQ = self._arrays["attended_TQ"][: len(q_TQ)]
         self._attend.attend(q_TQ, batch, cache, attended_TQ)
+        self.out(attended_TQ, weight_NK, bias_N, x)
+
+    def out(self, attended_TQ: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
         self._held = _AddToStream("out", attended_TQ, weight_NK, bias_N, x.residual_TD)
 
     def gate_up(
@@ -109,7 +112,7 @@ class WideDecode:
         self._launch(
             "gate_up",
             len(act_TF),
-            self._maps.weight("gate_up", weight_XK),
+            self._maps.weight("gate_up", weight_XK, len(act_TF)),
             self._next(len(act_TF)),
             self._bias(bias_N),
             self._arrays["fused_sums"],
@@ -131,7 +134,7 @@ class WideDecode:
         self._launch(
             "head",
             num_rows,
-            self._maps.weight("head", weight_NK),
+            self._maps.weight("head", weight_NK, num_rows),
             self._next(num_rows),
             logits_LV,
             arrays["fused_best"],
@@ -169,7 +172,7 @@ class WideDecode:
         self._launch(
             held.kernel,
             len(held.input_TK),
-            self._maps.weight(held.kernel, held.weight_NK),
+            self._maps.weight(held.kernel, held.weight_NK, len(held.input_TK)),
             self._maps.input(held.input_TK),
             self._bias(held.bias_N),
             held.residual_TD,
