@@ -14,8 +14,9 @@ import numpy as np
 from puna.cuda.attend_plan import attend_pieces
 from puna.cuda.fused_plan import MAX_SPLITS, has_fused
 from puna.cuda.gemm_shapes import num_splits
+from puna.cuda.prompt_plan import most_tokens
 from puna.cuda.shapes import fused_shapes
-from puna.cuda.wide_plan import has_wide, most_tokens
+from puna.cuda.wide_plan import has_wide
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES

@@ -38,6 +38,7 @@ class FusedDecode:
     """The fused operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
     operations = frozenset(("qkv", "attention", "gate_up", "down", "head"))
+    most_logits = 1
 
     def __init__(
         self,
@@ -106,6 +107,9 @@ class FusedDecode:
         )
         weight, bias = self._maps.weight("out", weight_NK), self._bias(bias_N)
         self._launch("out", weight, bias, attended_TQ, x.residual_TD)
+
+    def out(self, attended_TQ: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
+        raise AssertionError("a part of attention here")
 
     def gate_up(
         self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor

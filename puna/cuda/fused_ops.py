@@ -9,9 +9,10 @@ from puna.cuda.driver import Driver
 from puna.cuda.fused import FusedDecode
 from puna.cuda.fused_plan import has_fused
 from puna.cuda.interfaces import FusedOps, Kernels
+from puna.cuda.prompt_plan import most_tokens
 from puna.cuda.shapes import fused_shapes
 from puna.cuda.wide import WideDecode
-from puna.cuda.wide_plan import has_wide, most_tokens
+from puna.cuda.wide_plan import has_wide
 from puna.engine import EngineConfig
 
 Tensor = Any

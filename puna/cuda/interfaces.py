@@ -71,15 +71,20 @@ class Recorder(Protocol):
 class FusedOps(Protocol):
     """Operations for some tokens at once that are kernels of their own on some target.
 
-    Those named in `operations` are used up to some number of tokens (qkv and attention: of a
-    decode batch), the others are as they are without. They read the residual and add straight
-    into it, and never touch `partial`. `weight_XK` are q, k, v or gate, up one after the other,
-    each padded to a multiple of 16 rows.
+    Those named in `operations` are used up to some number of tokens (attention: of a decode batch;
+    qkv too, unless `out` is there for what attends to others), the others are as they are without.
+    They read the residual and add straight into it, and never touch `partial`. `weight_XK` are q,
+    k, v or gate, up one after the other, each padded to a multiple of 16 rows.
     """
 
     @property
     def operations(self) -> frozenset[str]:
-        """Of qkv, attention, gate_up, down, head: those that there are."""
+        """Of qkv, attention, out, gate_up, down, head: those that there are."""
+        ...
+
+    @property
+    def most_logits(self) -> int:
+        """Rows that `head` is for."""
         ...
 
     def qkv(
@@ -103,6 +108,10 @@ class FusedOps(Protocol):
         bias_N: Tensor | None,
         x: Stream,
     ) -> None: ...
+
+    def out(self, attended_TQ: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
+        """The product behind attention, where something else has attended."""
+        ...
 
     def gate_up(
         self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor

@@ -70,7 +70,8 @@ class CudaOps:
     ) -> None:
         assert config.world_size == 1 and rank == 0, "several ranks are not for this backend yet"
         # They read the residual alone: nothing may be left beside it.
-        assert all(most <= choices.direct_tokens for most, _ in fused), choices
+        for most, ops in fused:
+            assert most <= choices.direct_tokens or "out" in ops.operations, choices
         self._kernels = kernels
         self._arrays = arrays
         self._launches = Launches(
@@ -134,7 +135,8 @@ class CudaOps:
         q_TQ: Tensor,
     ) -> None:
         weight_XK = joined(linear)
-        if batch.is_decode and (fused := self._fused_for("qkv", x)):
+        fused = self._fused_for("qkv", x)
+        if fused and (batch.is_decode or "out" in fused.operations):
             self._launches.fused(
                 partial(fused.qkv, x, norm, weight_XK, linear.bias_N, rope, batch, cache, q_TQ)
             )
@@ -169,6 +171,10 @@ class CudaOps:
             self._attend_decode(batch, cache, attended_TQ)
         else:
             self._attend_prefill(q_TQ, batch, cache, attended_TQ)
+        if fused := self._fused_for("out", x):
+            weight = matrix.data_NK, out.bias_N
+            self._launches.fused(partial(fused.out, attended_TQ, *weight, x))
+            return
         self._products.into_stream("o", attended_TQ, out, x)
 
     def _attend_decode(self, batch: ForwardBatch, cache: LayerCache, out_TQ: Tensor) -> None:
@@ -242,7 +248,9 @@ class CudaOps:
         self, x: Stream, rows_L: Tensor, norm: Norm, linear: Linear, logits_LV: Tensor
     ) -> None:
         (matrix,) = linear.weights
-        fused = self._fused_for("head", x) if len(rows_L) <= len(x.residual_TD) else None
+        fused = self._fused_for("head", x)
+        if fused and len(rows_L) > min(len(x.residual_TD), fused.most_logits):
+            fused = None
         self._fused_head = fused
         if fused:
             self._launches.fused(partial(fused.head, x, rows_L, norm, matrix.data_NK, logits_LV))

@@ -54,9 +54,10 @@ class Products:
     def beside(self, x: Stream) -> tuple[str, Tensor]:
         """What of a stream is beside its residual, by the number of its rows: nothing, the parts of
         a product, or `partial`."""
-        if not self._is_direct(x):
+        fused = self.fused(x)
+        if not self._is_direct(x) and fused is None:
             return "_partial", x.partial_TD
-        if self.fused(x) is None and self._leaves_parts("o", len(x.residual_TD)):
+        if fused is None and self._leaves_parts("o", len(x.residual_TD)):
             return "_parts", self._arrays["product_parts"]
         return "", x.partial_TD
 

@@ -9,14 +9,34 @@ from __future__ import annotations
 from puna.cuda.attend_plan import MAX_SHARED
 from puna.cuda.fused_plan import KERNELS, layer_defines
 from puna.cuda.shapes import fused_shapes
-from puna.cuda.wide_plan import COLUMNS, PROMPT_TOKENS, Cut, cut
+from puna.cuda.wide_plan import COLUMNS, PROMPT_TOKENS, Cut, cut, has_wide, variants
 from puna.engine import EngineConfig
 
+# Whether engines have them, for prompts and for batches of more than 64 sequences: not before they
+# were measured.
+IS_USED = False
 NUM_WARPS = 12
 REGISTERS = 168  # most of a thread
 SHARED_BYTES = MAX_SHARED // 1024 * 1024  # of a CTA
 # Mirrors of constants in the sources.
-_ROW_BYTES, _GROUP_THREADS, _MAX_STAGES = COLUMNS * 2, 128, 32
+_ROW_BYTES, _GROUP_THREADS, _MAX_STAGES, _MOST_COLUMNS = COLUMNS * 2, 128, 32, 128
+
+
+def has_prompt(config: EngineConfig) -> bool:
+    """Whether prompts of up to 128 tokens, and decode batches, are done by these kernels and those
+    of `puna.cuda.wide_plan`."""
+    if not IS_USED or not has_wide(config) or config.limits.max_num_tokens <= variants(config)[-1]:
+        return False
+    kernels = [kernel for kernel in KERNELS if kernel != "head"]
+    return all(
+        num_stages(config, kernel) >= 3 and prompt_cut(config, kernel).half_rows <= _MOST_COLUMNS
+        for kernel in kernels
+    )
+
+
+def most_tokens(config: EngineConfig) -> int:
+    """That the kernels for several tokens are for, where there are some."""
+    return PROMPT_TOKENS if has_prompt(config) else variants(config)[-1]
 
 
 def prompt_cut(config: EngineConfig, kernel: str) -> Cut:

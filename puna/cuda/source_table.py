@@ -14,7 +14,7 @@ from puna.cuda.fused_plan import KERNELS, fused_defines, has_fused, shared_bytes
 from puna.cuda.kernel_table import Constant
 from puna.cuda.prompt_plan import NUM_WARPS as PROMPT_WARPS
 from puna.cuda.prompt_plan import SHARED_BYTES as PROMPT_SHARED_BYTES
-from puna.cuda.prompt_plan import prompt_defines
+from puna.cuda.prompt_plan import has_prompt, prompt_defines
 from puna.cuda.shapes import fused_shapes
 from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
 from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
@@ -58,6 +58,7 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
         _BANDWIDTH,
         *([_fused_source(config)] if has_fused(config) else []),
         *(_wide_source(config, it) for it in (variants(config) if has_wide(config) else ())),
+        *([prompt_source(config)] if has_prompt(config) else []),
         *([_attend_source(config)] if has_wide(config) else []),
         *([_swiglu_source(config)] if has_swiglu(config) else []),
     )

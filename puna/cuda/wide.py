@@ -18,7 +18,8 @@ from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import WideMaps
-from puna.cuda.wide_plan import variant
+from puna.cuda.prompt_plan import has_prompt
+from puna.cuda.wide_plan import TOKENS, variant
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -41,7 +42,7 @@ class _AddToStream:
 class WideDecode:
     """The operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
-    operations = frozenset(("qkv", "attention", "gate_up", "down", "head"))
+    most_logits = TOKENS[-1]
 
     def __init__(
         self,
@@ -52,6 +53,8 @@ class WideDecode:
         num_ctas: int,
         attend: Attend,
     ) -> None:
+        prompts = ("out",) if has_prompt(config) else ()
+        self.operations = frozenset(("qkv", "attention", "gate_up", "down", "head", *prompts))
         self._attend = attend
         self._kernels = kernels
         self._arrays = arrays

@@ -68,10 +68,6 @@ def has_wide(config: EngineConfig) -> bool:
     )
 
 
-def most_tokens(config: EngineConfig) -> int:
-    return variants(config)[-1]
-
-
 def variant(num_tokens: int) -> int:
     """Which of the kernels is for so many tokens: beyond 64 those of `puna.cuda.prompt_plan`."""
     return next(tokens for tokens in (*TOKENS, PROMPT_TOKENS) if num_tokens <= tokens)

@@ -3,7 +3,6 @@ float32: two layers but for attention, whose result is made up."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import emulator

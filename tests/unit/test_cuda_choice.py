@@ -55,6 +55,8 @@ class NamedKernels:
 
 
 class Fused:
+    most_logits = 4
+
     def __init__(self, kernels: NamedKernels, *operations: str) -> None:
         self.operations = frozenset(operations)
         self._kernels = kernels
@@ -68,6 +70,9 @@ class Fused:
 
     def attention(self, *_: Any) -> None:
         self._say("attention")
+
+    def out(self, *_: Any) -> None:
+        self._say("out")
 
     def gate_up(self, *_: Any) -> None:
         self._say("gate_up")
@@ -111,6 +116,7 @@ def launched(
     is_decode: bool = False,
     deterministic: bool = False,
     fused: tuple[str, ...] = (),
+    most: int = 4,
 ) -> NamedKernels:
     """The kernels of a step of a model of two layers."""
     config = cuda_config(SPEC)
@@ -128,7 +134,7 @@ def launched(
         Once(),
         CHOICES,
         deterministic=deterministic,
-        fused=((4, Fused(kernels, *fused)),) if fused else (),
+        fused=((most, Fused(kernels, *fused)),) if fused else (),
         swiglu=Swiglu(kernels),
     )
     act = Activations(*(arrays[k] for k in ("residual_TD", "partial_TD", "q_TQ", "act_TF")))
@@ -239,6 +245,21 @@ def test_a_prefill_of_a_few_tokens_has_the_attention_of_prefill() -> None:
     layer = ["norm", "gemm_qkv_16", "rope_append_parts", "prefill", "gemm_o_whole"]
     layer += ["fused gate_up", "fused down"]
     assert names == ["embed", *layer, *layer, "fused head", "fused sample_greedy"]
+
+
+def test_prompts_by_fused_operations() -> None:
+    """All of them but attention, also where there are too many tokens for skinny products: then
+    nothing is left beside the residual."""
+    every = ("qkv", "attention", "out", "gate_up", "down", "head")
+    for num_tokens in (4, 99):
+        names = launched(num_tokens, fused=every, most=99).launched
+        layer = ["fused qkv", "prefill", "fused out", "fused gate_up", "fused down"]
+        assert names == ["embed", *layer, *layer, "fused head", "fused sample_greedy"]
+    names = launched(99, is_decode=True, fused=every, most=99).launched
+    layer = ["fused qkv", "fused attention", "fused gate_up", "fused down"]
+    last = ["norm_pick", "gemm_head_64", "argmax_chunks", "argmax_rows"]
+    assert names == ["embed", *layer, *layer, *last]
+    assert not any("fused" in name for name in launched(100, fused=every, most=99).launched)
 
 
 def test_many_tokens_have_gate_and_up_as_one_kernel() -> None:
