@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cuda_gemm import config_for
@@ -82,8 +82,18 @@ def main() -> None:
             print(f"{'':28} logits {float(error):.1e} apart")
 
 
+@dataclass(frozen=True)
+class Step:
+    """What emits a step, and its last part, head and sampling; its arrays live as long as it."""
+
+    emit: Callable[[], None]
+    last: Callable[[], None]
+    act: Activations
+    logits_LV: Tensor
+
+
 class Steps:
-    """A model with random weights on the GPU."""
+    """A model with random weights on the GPU, or with those of another."""
 
     def __init__(
         self,
@@ -93,6 +103,7 @@ class Steps:
         *,
         is_fused: bool,
         is_profiled: bool,
+        like: Steps | None = None,
     ) -> None:
         from puna.cuda.driver import Driver
         from puna.cuda.fused_ops import fused_ops
@@ -118,7 +129,7 @@ class Steps:
         self._fused = fused_ops(*given) if is_fused else ()
         self._swiglu = swiglu(config, kernels, driver, num_ctas) if is_fused else None
         self.ops = self.with_choices(choices)
-        self.model = self._model()
+        self.model = like.model if like else self._model()
 
     def with_choices(self, choices: Choices, *, is_fused: bool = True) -> CudaOps:
         """Operations over the same arrays."""
@@ -210,14 +221,11 @@ class Steps:
             self._integers([num_tokens - 1]),
         )
 
-    def report(self, what: str, batch: ForwardBatch, ops: CudaOps) -> Tensor:
-        """Print a line: the whole step, and its operations. Returns the step's logits."""
+    def step(self, batch: ForwardBatch, ops: CudaOps) -> Step:
         arrays, model = self.arrays, self.model
         names = ("residual_TD", "partial_TD", "q_TQ", "act_TF")
         act = Activations(*(arrays[name] for name in names))
         num_tokens, num_rows = batch.num_tokens, len(batch.logits_rows_L)
-        x = act.stream(num_tokens)
-        q_TQ, act_TF = act.q_TQ[:num_tokens], act.act_TF[:num_tokens]
         logits_LV, tokens_L = arrays["logits_LV"][:num_rows], self._integers([0] * num_rows)
         rows_L = self._integers(range(num_rows))
 
@@ -225,9 +233,19 @@ class Steps:
             model.logits(ops, batch.logits_rows_L, num_tokens, act, logits_LV)
             ops.sample_greedy(logits_LV, rows_L, arrays["last_tokens_R"], tokens_L)
 
-        def step() -> None:
+        def emit() -> None:
             model.forward(ops, batch, act)
             last()
+
+        return Step(emit, last, act, logits_LV)
+
+    def report(self, what: str, batch: ForwardBatch, ops: CudaOps) -> Tensor:
+        """Print a line: the whole step, and its operations. Returns the step's logits."""
+        model, num_tokens = self.model, batch.num_tokens
+        step = self.step(batch, ops)
+        act = step.act
+        x = act.stream(num_tokens)
+        q_TQ, act_TF = act.q_TQ[:num_tokens], act.act_TF[:num_tokens]
 
         def each(call: Callable[[Layer], None]) -> Callable[[], None]:
             return lambda: [call(layer) for layer in model.layers] and None
@@ -240,13 +258,13 @@ class Steps:
             "qkv and attention": each(attend),  # fused kernels have them in one
             "gate_up": each(lambda la: ops.gate_up(x, la.mlp_norm, la.gate_up, act_TF)),
             "down": each(lambda la: ops.down(act_TF, la.down, x)),
-            "head": last,
+            "head": step.last,
         }
         times = ", ".join(f"{name} {self.time(ops, emit):.3f}" for name, emit in parts.items())
-        print(f"{what:28} {self.time(ops, step):8.3f} ms   {times}", flush=True)
+        print(f"{what:28} {self.time(ops, step.emit):8.3f} ms   {times}", flush=True)
         if self.is_profiled:
-            self.profile(ops, step)
-        return logits_LV.clone()
+            self.profile(ops, step.emit)
+        return step.logits_LV.clone()
 
     def profile(self, ops: CudaOps, emit: Callable[[], None]) -> None:
         """Print what the kernels of a step took together, by name."""
