@@ -6,7 +6,6 @@
 //
 // Defined by who compiles it: what wide_sm90.cu says.
 constexpr int HELPERS = 3;                          // warps
-#include "cluster.cuh"
 #include "enter.cuh"
 #include "wide.cuh"
 
@@ -21,8 +20,7 @@ struct Cut : Units<MODE, K> {
   static constexpr int N = U::HALF;                 // columns of a product, of either half
   static constexpr int FOURS = U::HALVES * N / 8;   // of a lane's sums
   static constexpr int RECEIVED = U::CLUSTER == 2 ? FOURS * 16 * GROUP_THREADS : 0;
-  static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
-  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - TOKENS * 4) / 1024 * 1024;
+  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - (2 * MAX_STAGES + 4) * 8 - TOKENS * 4) / 1024 * 1024;
   static_assert(U::STAGES * U::STAGE <= RING, "shared memory as planned");
 };
 
@@ -116,114 +114,82 @@ template <int MODE, int K>
 __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, const TensorMap& input) {
   using C = Cut<MODE, K>;
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
-  unsigned char* shared = shared_memory();
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, rank = C::CLUSTER == 2 ? cluster_rank() : 0, peer = rank ^ 1;
-  const u32 data = smem32(shared), sums = data + C::RING, full = sums + C::RECEIVED, empty = full + MAX_STAGES * 8;
-  const u32 scaled = empty + MAX_STAGES * 8, received = scaled + 8, taken = received + 8;
-  float* scales = reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + C::BARRIERS * 8);     // [TOKENS]
-  // Units and chunks of a CTA, or of a cluster and of a CTA.
-  const int party = blockIdx.x / C::CLUSTER, num_parties = gridDim.x / C::CLUSTER;
-  const int first_unit = (int)((long long)C::UNITS * party / num_parties), last_unit = (int)((long long)C::UNITS * (party + 1) / num_parties);
-  const int first_chunk = C::CHUNKS * rank / C::CLUSTER, num_chunks = C::CHUNKS * (rank + 1) / C::CLUSTER - first_chunk;
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, group = warp / 4;
+  const Place<C, COMPUTE> here(shared_memory());
+  float* scales = here.behind;                         // [TOKENS]
+  here.start();
+  if (warp >= COMPUTE) return here.template assist<K, SCALED>(p, weights, input, scales);
 
-  if (tid < C::STAGES) {
-    mbar_init(full + tid * 8, 1);
-    mbar_init(empty + tid * 8, COMPUTE);
-  }
-  if (tid == 0) {
-    mbar_init(scaled, HELPERS * 32);
-    mbar_init(received, 1);
-    mbar_init(taken, 1);
-  }
-  mbar_init_fence();
-  launch_dependents();
-  __syncthreads();
-  if (C::CLUSTER == 2) {
-    if (tid == 0) mbar_expect(received, C::RECEIVED);
-    cluster_arrive();
-  }
-
-  if (warp == COMPUTE) {
-    if (lane == 0) copy_chunks<C>(p.num_tokens, weights, input, data, full, empty, first_unit, last_unit, first_chunk, num_chunks);
-    __syncwarp();
-    if (C::CLUSTER == 2) cluster_wait();
-  } else if (warp > COMPUTE) {
-    grid_wait();
-    if (SCALED) work_out_scales<K>(p, scales, scaled, warp - COMPUTE - 1, lane);
-    if (C::CLUSTER == 2) cluster_wait();
-  } else {
-    const int group = warp / 4;
-    Finish<MODE, K> finish(p, warp, lane);
-    finish.load_tokens();
-    grid_wait();
-    const bool finishes = C::CLUSTER == 1 || group == rank;
-    Turn<C::STAGES> turn;
-    u32 parity = 0;
-    if (C::CLUSTER == 2) cluster_wait();      // the other CTA's barriers are there
-    for (int unit = first_unit; unit < last_unit; unit += C::MOST) {
-      finish.begin(unit, min(unit + C::MOST, last_unit));
-      float d[C::HALVES][C::N / 2];
-      int before = 0;
-      auto release = [&]() {
-        if (lane == 0) mbar_arrive(empty + before * 8);
-      };
-      for (int chunk = 0; chunk < num_chunks; ++chunk, turn.next()) {
-        mbar_wait(full + turn.at * 8, turn.parity);
-        const u32 stage = data + turn.at * C::STAGE;
-        const u64 x = matrix(stage + group * (GROUP_TOKENS * ROW_BYTES)), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
-        wgmma_fence();
+  Finish<MODE, K> finish(p, warp, lane);
+  finish.load_tokens();
+  grid_wait();
+  const bool finishes = C::CLUSTER == 1 || group == here.rank;
+  Turn<C::STAGES> turn;
+  u32 parity = 0;
+  if (C::CLUSTER == 2) cluster_wait();      // the other CTA's barriers are there
+  for (int unit = here.first_unit; unit < here.last_unit; unit += C::MOST) {
+    finish.begin(unit, min(unit + C::MOST, here.last_unit));
+    float d[C::HALVES][C::N / 2];
+    int before = 0;
+    auto release = [&]() {
+      if (lane == 0) mbar_arrive(here.empty + before * 8);
+    };
+    for (int chunk = 0; chunk < here.num_chunks; ++chunk, turn.next()) {
+      mbar_wait(here.full + turn.at * 8, turn.parity);
+      const u32 stage = here.data + turn.at * C::STAGE;
+      const u64 x = matrix(stage + group * (GROUP_TOKENS * ROW_BYTES)), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
+      wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < COLUMNS / 16; ++k)
+      for (int k = 0; k < COLUMNS / 16; ++k)
 #pragma unroll
-          for (int half = 0; half < C::HALVES; ++half) wgmma<C::N>(d[half], x + 2 * k, w + half * C::OTHER / 16 + 2 * k, k ? 1 : chunk);
-        wgmma_commit();
-        if (chunk) {        // the products before have ended
-          wgmma_wait<1>();
-          release();
-        }
-        before = turn.at;
+        for (int half = 0; half < C::HALVES; ++half) wgmma<C::N>(d[half], x + 2 * k, w + half * C::OTHER / 16 + 2 * k, k ? 1 : chunk);
+      wgmma_commit();
+      if (chunk) {        // the products before have ended
+        wgmma_wait<1>();
+        release();
       }
-      wgmma_wait<0>();
-      release();
-      if (SCALED) mbar_wait(scaled, 0);
-      if constexpr (C::CLUSTER == 2) {
-        const u32 place = sums + tid % GROUP_THREADS * 16;
-        if (!finishes) {
-          if (unit > first_unit) mbar_wait(taken, parity ^ 1);
-#pragma unroll
-          for (int i = 0; i < C::FOURS; ++i) {
-            const float* v = d[i / (C::N / 8)] + i % (C::N / 8) * 4;
-            send(remote(place + i * (GROUP_THREADS * 16), peer), make_float4(v[0], v[1], v[2], v[3]), remote(received, peer));
-          }
-        } else {
-          mbar_wait(received, parity);
-#pragma unroll
-          for (int i = 0; i < C::FOURS; ++i) {
-            float* v = d[i / (C::N / 8)] + i % (C::N / 8) * 4;
-            const uint4 other = lds128(place + i * (GROUP_THREADS * 16));
-            v[0] += __uint_as_float(other.x);
-            v[1] += __uint_as_float(other.y);
-            v[2] += __uint_as_float(other.z);
-            v[3] += __uint_as_float(other.w);
-          }
-          if (unit + C::MOST < last_unit) {   // what was received has been read
-            named_barrier(1, GROUP_THREADS);
-            if (tid % GROUP_THREADS == 0) {
-              mbar_expect(received, C::RECEIVED);     // before the other CTA is told that it may send the next
-              arrive_remotely(remote(taken, peer));
-            }
-          }
-        }
-        parity ^= 1;
-      }
-      if (finishes)
-#pragma unroll
-        for (int n = 0; n < C::N / 8; ++n)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) finish.store(n, r, d[0] + 4 * n + 2 * r, d[C::HALVES - 1] + 4 * n + 2 * r, scales);
+      before = turn.at;
     }
-    finish.finish();
+    wgmma_wait<0>();
+    release();
+    if (SCALED) mbar_wait(here.scaled, 0);
+    if constexpr (C::CLUSTER == 2) {
+      const u32 place = here.sums + tid % GROUP_THREADS * 16;
+      if (!finishes) {
+        if (unit > here.first_unit) mbar_wait(here.taken, parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < C::FOURS; ++i) {
+          const float* v = d[i / (C::N / 8)] + i % (C::N / 8) * 4;
+          send(remote(place + i * (GROUP_THREADS * 16), here.peer), make_float4(v[0], v[1], v[2], v[3]), remote(here.received, here.peer));
+        }
+      } else {
+        mbar_wait(here.received, parity);
+#pragma unroll
+        for (int i = 0; i < C::FOURS; ++i) {
+          float* v = d[i / (C::N / 8)] + i % (C::N / 8) * 4;
+          const uint4 other = lds128(place + i * (GROUP_THREADS * 16));
+          v[0] += __uint_as_float(other.x);
+          v[1] += __uint_as_float(other.y);
+          v[2] += __uint_as_float(other.z);
+          v[3] += __uint_as_float(other.w);
+        }
+        if (unit + C::MOST < here.last_unit) {   // what was received has been read
+          named_barrier(1, GROUP_THREADS);
+          if (tid % GROUP_THREADS == 0) {
+            mbar_expect(here.received, C::RECEIVED);     // before the other CTA is told that it may send the next
+            arrive_remotely(remote(here.taken, here.peer));
+          }
+        }
+      }
+      parity ^= 1;
+    }
+    if (finishes)
+#pragma unroll
+      for (int n = 0; n < C::N / 8; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) finish.store(n, r, d[0] + 4 * n + 2 * r, d[C::HALVES - 1] + 4 * n + 2 * r, scales);
   }
+  finish.finish();
   // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
 }
 

@@ -3,6 +3,7 @@
 //
 // Defined by who includes it: TOKENS, HELPERS: warps that work out the norm's factors, and what wide_sm90.cu says.
 #pragma once
+#include "cluster.cuh"
 #include "layer.cuh"
 #include "wgmma.cuh"
 
@@ -140,3 +141,56 @@ __device__ __forceinline__ void copy_chunks(int num_tokens, const TensorMap& wei
     load_input(at, turn.at);
   }
 }
+
+// A CTA's part of the matrix, and its shared memory: ring | sums of the other CTA of a cluster | barriers | what else the kernel has.
+// COMPUTE warps multiply, one copies, HELPERS more work out the norm's factors.
+template <class C, int COMPUTE>
+struct Place {
+  static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
+  const int rank, peer;
+  int first_unit, last_unit, first_chunk, num_chunks;     // of a CTA, or units of a cluster and chunks of a CTA
+  const u32 data, sums, full, empty, scaled, received, taken;
+  float* const behind;
+  __device__ __forceinline__ explicit Place(unsigned char* shared)
+      : rank(C::CLUSTER == 2 ? cluster_rank() : 0), peer(rank ^ 1), data(smem32(shared)), sums(data + C::RING), full(sums + C::RECEIVED),
+        empty(full + MAX_STAGES * 8), scaled(empty + MAX_STAGES * 8), received(scaled + 8), taken(received + 8),
+        behind(reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + BARRIERS * 8)) {
+    const int party = blockIdx.x / C::CLUSTER, num_parties = gridDim.x / C::CLUSTER;
+    first_unit = (int)((long long)C::UNITS * party / num_parties);
+    last_unit = (int)((long long)C::UNITS * (party + 1) / num_parties);
+    first_chunk = C::CHUNKS * rank / C::CLUSTER;
+    num_chunks = C::CHUNKS * (rank + 1) / C::CLUSTER - first_chunk;
+  }
+  __device__ __forceinline__ void start() const {
+    const int tid = threadIdx.x;
+    if (tid < C::STAGES) {
+      mbar_init(full + tid * 8, 1);
+      mbar_init(empty + tid * 8, COMPUTE);
+    }
+    if (tid == 0) {
+      mbar_init(scaled, HELPERS * 32);
+      mbar_init(received, 1);
+      mbar_init(taken, 1);
+    }
+    mbar_init_fence();
+    launch_dependents();
+    __syncthreads();
+    if (C::CLUSTER == 2) {
+      if (tid == 0) mbar_expect(received, C::RECEIVED);
+      cluster_arrive();
+    }
+  }
+  // What a warp does that does not multiply. SCALED: sums are to be multiplied by the norm's factors.
+  template <int K, bool SCALED>
+  __device__ __forceinline__ void assist(const Args& p, const TensorMap& weights, const TensorMap& input, float* scales) const {
+    const int warp = threadIdx.x / 32 - COMPUTE, lane = threadIdx.x % 32;
+    if (warp == 0) {
+      if (lane == 0) copy_chunks<C>(p.num_tokens, weights, input, data, full, empty, first_unit, last_unit, first_chunk, num_chunks);
+      __syncwarp();
+    } else {
+      grid_wait();
+      if (SCALED) work_out_scales<K>(p, scales, scaled, warp - 1, lane);
+    }
+    if (C::CLUSTER == 2) cluster_wait();
+  }
+};

@@ -21,7 +21,6 @@
 // thread of those beside attention.
 constexpr int HELPERS = 3;                          // warps
 #include "best.cuh"
-#include "cluster.cuh"
 #include "enter.cuh"
 #include "wide.cuh"
 
@@ -39,8 +38,7 @@ struct Cut : Units<MODE, K> {
   static constexpr int MINE = U::CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
   static constexpr int SENDERS = (U::CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
   static constexpr int RECEIVED = U::CLUSTER == 2 ? U::HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
-  static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
-  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
+  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - (2 * MAX_STAGES + 4) * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
   static constexpr int BEYOND = (U::ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - U::HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
   static_assert(U::STAGES * U::STAGE + BEYOND <= RING, "shared memory as planned");
 };
@@ -235,121 +233,90 @@ template <int MODE, int K>
 __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, const TensorMap& input) {
   using C = Cut<MODE, K>;
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
-  unsigned char* shared = shared_memory();
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, rank = C::CLUSTER == 2 ? cluster_rank() : 0, peer = rank ^ 1;
-  const u32 data = smem32(shared), sums = data + C::RING, full = sums + C::RECEIVED, empty = full + MAX_STAGES * 8;
-  const u32 scaled = empty + MAX_STAGES * 8, received = scaled + 8, taken = received + 8;
-  float* turned = reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + C::BARRIERS * 8);    // [COMPUTE][TURNED]
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  const Place<C, COMPUTE> here(shared_memory());
+  float* turned = here.behind;                         // [COMPUTE][TURNED]
   float* words = turned + COMPUTE * TURNED;            // [COMPUTE][TOKENS] pairs
   float* scales = words + COMPUTE * 2 * TOKENS;
-  // Units and chunks of a CTA, or of a cluster and of a CTA.
-  const int party = blockIdx.x / C::CLUSTER, num_parties = gridDim.x / C::CLUSTER;
-  const int first_unit = (int)((long long)C::UNITS * party / num_parties), last_unit = (int)((long long)C::UNITS * (party + 1) / num_parties);
-  const int first_chunk = C::CHUNKS * rank / C::CLUSTER, num_chunks = C::CHUNKS * (rank + 1) / C::CLUSTER - first_chunk;
+  here.start();
+  if (warp >= COMPUTE) return here.template assist<K, SCALED>(p, weights, input, scales);
 
-  if (tid < C::STAGES) {
-    mbar_init(full + tid * 8, 1);
-    mbar_init(empty + tid * 8, COMPUTE);
-  }
-  if (tid == 0) {
-    mbar_init(scaled, HELPERS * 32);
-    mbar_init(received, 1);
-    mbar_init(taken, 1);
-  }
-  mbar_init_fence();
-  launch_dependents();
-  __syncthreads();
-  if (C::CLUSTER == 2) {
-    if (tid == 0) mbar_expect(received, C::RECEIVED);
-    cluster_arrive();
-  }
-
-  if (warp == COMPUTE) {
-    if (lane == 0) copy_chunks<C>(p.num_tokens, weights, input, data, full, empty, first_unit, last_unit, first_chunk, num_chunks);
-    __syncwarp();
-    if (C::CLUSTER == 2) cluster_wait();
-  } else if (warp > COMPUTE) {
-    grid_wait();
-    if (SCALED) work_out_scales<K>(p, scales, scaled, warp - COMPUTE - 1, lane);
-    if (C::CLUSTER == 2) cluster_wait();
-  } else {
-    Finish<MODE, K> finish(p, turned, warp, lane, rank);
-    finish.load_tokens();
-    grid_wait();
-    const bool finishes = C::CLUSTER == 1 || C::MINE < EIGHTS || warp / 2 == rank, sends = C::CLUSTER == 2 && (C::MINE < EIGHTS || warp / 2 != rank);
-    Turn<C::STAGES> turn;
-    u32 parity = 0;
-    if (C::CLUSTER == 2) cluster_wait();      // the other CTA's barriers are there
-    for (int unit = first_unit; unit < last_unit; unit += C::MOST) {
-      if (finishes) finish.begin(unit, min(unit + C::MOST, last_unit));
-      float d[C::HALVES][C::BLOCKS][TOKENS / 2];
-      int before = 0;
-      auto release = [&]() {
-        if (lane == 0) mbar_arrive(empty + before * 8);
-      };
-      for (int chunk = 0; chunk < num_chunks; ++chunk, turn.next()) {
-        mbar_wait(full + turn.at * 8, turn.parity);
-        const u32 stage = data + turn.at * C::STAGE;
-        const u64 x = matrix(stage), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
-        wgmma_fence();
+  Finish<MODE, K> finish(p, turned, warp, lane, here.rank);
+  finish.load_tokens();
+  grid_wait();
+  const bool finishes = C::CLUSTER == 1 || C::MINE < EIGHTS || warp / 2 == here.rank, sends = C::CLUSTER == 2 && (C::MINE < EIGHTS || warp / 2 != here.rank);
+  Turn<C::STAGES> turn;
+  u32 parity = 0;
+  if (C::CLUSTER == 2) cluster_wait();      // the other CTA's barriers are there
+  for (int unit = here.first_unit; unit < here.last_unit; unit += C::MOST) {
+    if (finishes) finish.begin(unit, min(unit + C::MOST, here.last_unit));
+    float d[C::HALVES][C::BLOCKS][TOKENS / 2];
+    int before = 0;
+    auto release = [&]() {
+      if (lane == 0) mbar_arrive(here.empty + before * 8);
+    };
+    for (int chunk = 0; chunk < here.num_chunks; ++chunk, turn.next()) {
+      mbar_wait(here.full + turn.at * 8, turn.parity);
+      const u32 stage = here.data + turn.at * C::STAGE;
+      const u64 x = matrix(stage), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
+      wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < COLUMNS / 16; ++k)
+      for (int k = 0; k < COLUMNS / 16; ++k)
 #pragma unroll
-          for (int half = 0; half < C::HALVES; ++half)
+        for (int half = 0; half < C::HALVES; ++half)
 #pragma unroll
-            for (int b = 0; b < C::BLOCKS; ++b)
-              wgmma<TOKENS>(d[half][b], w + (half * C::OTHER + b * BLOCK * (C::ALTERNATES ? 2 : 1) * ROW_BYTES) / 16 + 2 * k, x + 2 * k, k ? 1 : chunk);
-        wgmma_commit();
-        if (chunk) {        // the products before have ended
-          wgmma_wait<1>();
-          release();
-        }
-        before = turn.at;
+          for (int b = 0; b < C::BLOCKS; ++b)
+            wgmma<TOKENS>(d[half][b], w + (half * C::OTHER + b * BLOCK * (C::ALTERNATES ? 2 : 1) * ROW_BYTES) / 16 + 2 * k, x + 2 * k, k ? 1 : chunk);
+      wgmma_commit();
+      if (chunk) {        // the products before have ended
+        wgmma_wait<1>();
+        release();
       }
-      wgmma_wait<0>();
-      release();
-      if (SCALED) mbar_wait(scaled, 0);
-      if constexpr (C::CLUSTER == 2) {
-        const u32 place = sums + (tid % C::SENDERS) * 16;
-        auto give = [&](float* v, u32 to) { send(remote(to, peer), make_float4(v[0], v[1], v[2], v[3]), remote(received, peer)); };
-        auto take = [&](float* v, u32 from) {
-          const uint4 other = lds128(from);
-          v[0] += __uint_as_float(other.x);
-          v[1] += __uint_as_float(other.y);
-          v[2] += __uint_as_float(other.z);
-          v[3] += __uint_as_float(other.w);
-        };
-        if (sends) {
-          if (unit > first_unit) mbar_wait(taken, parity ^ 1);
-          if (C::MINE == EIGHTS || rank) exchange<C, 0>(d, place, give);
-          else exchange<C, EIGHTS - C::MINE>(d, place, give);
-        }
-        if (finishes) {
-          mbar_wait(received, parity);
-          if (C::MINE == EIGHTS || !rank) exchange<C, 0>(d, place, take);
-          else exchange<C, EIGHTS - C::MINE>(d, place, take);
-          if (unit + C::MOST < last_unit) {   // what was received has been read
-            named_barrier(2, C::SENDERS);
-            if (tid % C::SENDERS == 0) {
-              mbar_expect(received, C::RECEIVED);     // before the other CTA is told that it may send the next
-              arrive_remotely(remote(taken, peer));
-            }
+      before = turn.at;
+    }
+    wgmma_wait<0>();
+    release();
+    if (SCALED) mbar_wait(here.scaled, 0);
+    if constexpr (C::CLUSTER == 2) {
+      const u32 place = here.sums + (tid % C::SENDERS) * 16;
+      auto give = [&](float* v, u32 to) { send(remote(to, here.peer), make_float4(v[0], v[1], v[2], v[3]), remote(here.received, here.peer)); };
+      auto take = [&](float* v, u32 from) {
+        const uint4 other = lds128(from);
+        v[0] += __uint_as_float(other.x);
+        v[1] += __uint_as_float(other.y);
+        v[2] += __uint_as_float(other.z);
+        v[3] += __uint_as_float(other.w);
+      };
+      if (sends) {
+        if (unit > here.first_unit) mbar_wait(here.taken, parity ^ 1);
+        if (C::MINE == EIGHTS || here.rank) exchange<C, 0>(d, place, give);
+        else exchange<C, EIGHTS - C::MINE>(d, place, give);
+      }
+      if (finishes) {
+        mbar_wait(here.received, parity);
+        if (C::MINE == EIGHTS || !here.rank) exchange<C, 0>(d, place, take);
+        else exchange<C, EIGHTS - C::MINE>(d, place, take);
+        if (unit + C::MOST < here.last_unit) {   // what was received has been read
+          named_barrier(2, C::SENDERS);
+          if (tid % C::SENDERS == 0) {
+            mbar_expect(here.received, C::RECEIVED);     // before the other CTA is told that it may send the next
+            arrive_remotely(remote(here.taken, here.peer));
           }
         }
-        parity ^= 1;
       }
-      auto store = [&](int first) {
-#pragma unroll
-        for (int b = 0; b < C::BLOCKS; ++b)
-#pragma unroll
-          for (int e = 0; e < C::MINE; ++e) finish.store(d[0][b] + 4 * (first + e), d[C::HALVES - 1][b] + 4 * (first + e), b, e, scales);
-      };
-      if (C::MINE < EIGHTS && rank) store(EIGHTS - C::MINE);
-      else if (finishes) store(0);
+      parity ^= 1;
     }
-    finish.finish(words, rank);
-    if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
+    auto store = [&](int first) {
+#pragma unroll
+      for (int b = 0; b < C::BLOCKS; ++b)
+#pragma unroll
+        for (int e = 0; e < C::MINE; ++e) finish.store(d[0][b] + 4 * (first + e), d[C::HALVES - 1][b] + 4 * (first + e), b, e, scales);
+    };
+    if (C::MINE < EIGHTS && here.rank) store(EIGHTS - C::MINE);
+    else if (finishes) store(0);
   }
+  finish.finish(words, here.rank);
+  if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
   // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
 }
 
