@@ -180,6 +180,27 @@ struct Place {
       cluster_arrive();
     }
   }
+  // A tile's products: call(a stage, chunk) begins those of a chunk.
+  template <class Call>
+  __device__ __forceinline__ void multiply(Turn<C::STAGES>& turn, int lane, Call call) const {
+    int before = 0;
+    auto release = [&]() {
+      if (lane == 0) mbar_arrive(empty + before * 8);
+    };
+    for (int chunk = 0; chunk < num_chunks; ++chunk, turn.next()) {
+      mbar_wait(full + turn.at * 8, turn.parity);
+      wgmma_fence();
+      call(data + turn.at * C::STAGE, chunk);
+      wgmma_commit();
+      if (chunk) {        // the products before have ended
+        wgmma_wait<1>();
+        release();
+      }
+      before = turn.at;
+    }
+    wgmma_wait<0>();
+    release();
+  }
   // What a warp does that does not multiply. SCALED: sums are to be multiplied by the norm's factors.
   template <int K, bool SCALED>
   __device__ __forceinline__ void assist(const Args& p, const TensorMap& weights, const TensorMap& input, float* scales) const {

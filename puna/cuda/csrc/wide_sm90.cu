@@ -251,15 +251,8 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
   for (int unit = here.first_unit; unit < here.last_unit; unit += C::MOST) {
     if (finishes) finish.begin(unit, min(unit + C::MOST, here.last_unit));
     float d[C::HALVES][C::BLOCKS][TOKENS / 2];
-    int before = 0;
-    auto release = [&]() {
-      if (lane == 0) mbar_arrive(here.empty + before * 8);
-    };
-    for (int chunk = 0; chunk < here.num_chunks; ++chunk, turn.next()) {
-      mbar_wait(here.full + turn.at * 8, turn.parity);
-      const u32 stage = here.data + turn.at * C::STAGE;
+    here.multiply(turn, lane, [&](u32 stage, int chunk) {
       const u64 x = matrix(stage), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
-      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < COLUMNS / 16; ++k)
 #pragma unroll
@@ -267,15 +260,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
 #pragma unroll
           for (int b = 0; b < C::BLOCKS; ++b)
             wgmma<TOKENS>(d[half][b], w + (half * C::OTHER + b * BLOCK * (C::ALTERNATES ? 2 : 1) * ROW_BYTES) / 16 + 2 * k, x + 2 * k, k ? 1 : chunk);
-      wgmma_commit();
-      if (chunk) {        // the products before have ended
-        wgmma_wait<1>();
-        release();
-      }
-      before = turn.at;
-    }
-    wgmma_wait<0>();
-    release();
+    });
     if (SCALED) mbar_wait(here.scaled, 0);
     if constexpr (C::CLUSTER == 2) {
       const u32 place = here.sums + (tid % C::SENDERS) * 16;
