@@ -81,12 +81,18 @@ def main() -> None:
 
 
 def config_for(
-    model: str, dtype: Any, target: str, num_layers: int | None = None, max_seq_len: int = 4096
+    model: str,
+    dtype: Any,
+    target: str,
+    num_layers: int | None = None,
+    max_seq_len: int = 4096,
+    max_batch_size: int = 64,
 ) -> EngineConfig:
     spec = parse_preset(model)
     spec = replace(spec, num_layers=num_layers or spec.num_layers)
     facts = CheckpointFacts(spec, {}, GenerationDefaults(), Provenance(model, "dummy", {}, "0", ()))
-    return plan(facts, BuildConfig(dtype=dtype, target=target, max_seq_len=max_seq_len))
+    sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    return plan(facts, BuildConfig(dtype=dtype, target=target, **sizes))
 
 
 def shape_of(kernel: TritonKernel) -> GemmShape:

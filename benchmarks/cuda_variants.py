@@ -1,8 +1,8 @@
 """Variants of the kernels of one GPU's target, timed in turn in one process.
 
-    python -m benchmarks.cuda_variants [--model llama-2-7b] [--dtype float16] [--context 192 ...]
+    python -m benchmarks.cuda_variants [NAME[:CONSTANT=VALUE[;CONSTANT=VALUE ...]] ...]
+                                       [--model llama-2-7b] [--dtype float16] [--context 192 ...]
                                        [--decode 8 16 32 64] [--prefill 128] [--check]
-                                       [NAME[:CONSTANT=VALUE[;CONSTANT=VALUE ...]] ...]
 
 A constant is one of `puna.cuda`, as wide_plan._OUT_BYTES, or a macro of the CUDA C++ sources, which
 read it with #ifdef. H200s differ by 2 to 4 % among each other and as they get warm, so only times
@@ -95,8 +95,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compile only; needs no GPU")
     parser.add_argument("variants", nargs="*", metavar="VARIANT", default=["as it is"])
     args = parser.parse_args()
-    longest = max(4096, *args.context)
-    config = config_for(args.model, args.dtype, "sm_90", max_seq_len=longest)
+    sizes = {
+        "max_seq_len": max(4096, *args.context),
+        "max_batch_size": max(64, *args.decode),
+    }
+    config = config_for(args.model, args.dtype, "sm_90", **sizes)
     variants = [Variant.parse(text) for text in args.variants]
     if args.check:
         for variant in variants:

@@ -14,9 +14,8 @@ import numpy as np
 from puna.cuda.attend_plan import attend_pieces
 from puna.cuda.fused_plan import MAX_SPLITS, has_fused
 from puna.cuda.gemm_shapes import num_splits
-from puna.cuda.prompt_plan import most_tokens
 from puna.cuda.shapes import fused_shapes
-from puna.cuda.wide_plan import has_wide
+from puna.cuda.wide_plan import has_wide, variants
 from puna.engine import EngineConfig
 from puna.layout import ArraySpec
 from puna.quant import DTYPES
@@ -101,7 +100,7 @@ def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
         "fused_fresh": (INT32, (all_heads, s.head_dim // 2, 2)),
         "fused_split_count": (INT32, (s.num_kv_heads,)),
     }
-    rows = most_tokens(config) if has_several else 1
+    rows = variants(config)[-1] if has_several else 1
     of_several = {
         "fused_next": (DTYPES[config.dtype], (rows, s.hidden)),
         "fused_sums": (FLOAT32, (MAX_MULTIPROCESSORS, rows)),

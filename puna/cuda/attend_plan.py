@@ -10,7 +10,7 @@ from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
 
 NUM_WARPS = 4
-MAX_SEQS = 128
+MAX_SEQS = 64
 STRETCH, EIGHT = 32, 8  # tokens of a copy; the latter where a context ends
 MAX_SHARED = 227 * 1024  # of a CTA, bytes
 OF_A_MULTIPROCESSOR, RESERVED = 228 * 1024, 1024  # reserved: of each CTA

@@ -9,10 +9,9 @@ from puna.cuda.driver import Driver
 from puna.cuda.fused import FusedDecode
 from puna.cuda.fused_plan import has_fused
 from puna.cuda.interfaces import FusedOps, Kernels
-from puna.cuda.prompt_plan import most_tokens
 from puna.cuda.shapes import fused_shapes
 from puna.cuda.wide import WideDecode
-from puna.cuda.wide_plan import has_wide
+from puna.cuda.wide_plan import has_wide, variants
 from puna.engine import EngineConfig
 
 Tensor = Any
@@ -28,5 +27,5 @@ def fused_ops(
     if has_fused(config):
         found.append((1, FusedDecode(fused_shapes(config), *given)))
     if has_wide(config):
-        found.append((most_tokens(config), WideDecode(config, *given, Attend(*given))))
+        found.append((variants(config)[-1], WideDecode(config, *given, Attend(*given))))
     return tuple(found)

@@ -7,9 +7,8 @@ from typing import Any
 from puna.cuda.attend_plan import STRETCH
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.fused_plan import weight_box
-from puna.cuda.prompt_plan import prompt_cut
 from puna.cuda.shapes import FusedShapes, fused_shapes
-from puna.cuda.wide_plan import COLUMNS, PROMPT_TOKENS, cut, variant
+from puna.cuda.wide_plan import COLUMNS, cut
 from puna.engine import EngineConfig
 
 Tensor = Any
@@ -74,13 +73,10 @@ class WideMaps(TensorMaps):
         super().__init__(driver)
         self._config, self._shapes = config, fused_shapes(config)
 
-    def weight(self, kernel: str, weight_NK: Tensor, num_tokens: int) -> TensorMap:
-        """Of a matrix, in boxes of a unit of the kernel that multiplies it by so many tokens."""
+    def weight(self, kernel: str, weight_NK: Tensor) -> TensorMap:
+        """Of a matrix, in boxes of a unit of the kernel that multiplies it."""
         shapes, (num_rows, num_cols) = self._shapes, weight_NK.shape
-        if variant(num_tokens) == PROMPT_TOKENS:
-            unit = prompt_cut(self._config, kernel).unit
-        else:
-            unit = cut(shapes, self._config.spec.vocab_size, kernel).unit
+        unit = cut(shapes, self._config.spec.vocab_size, kernel).unit
         if kernel == "qkv":
             # Eight rows of one half of a head, eight of the other, the next eight ...
             half = shapes.head_dim // 2

@@ -12,15 +12,11 @@ from puna.cuda.attend_plan import NUM_WARPS as ATTEND_WARPS
 from puna.cuda.attend_plan import attend_defines, attend_shared_bytes, max_seqs
 from puna.cuda.fused_plan import KERNELS, fused_defines, has_fused, shared_bytes
 from puna.cuda.kernel_table import Constant
-from puna.cuda.prompt_plan import NUM_WARPS as PROMPT_WARPS
-from puna.cuda.prompt_plan import SHARED_BYTES as PROMPT_SHARED_BYTES
-from puna.cuda.prompt_plan import has_prompt, prompt_defines
 from puna.cuda.shapes import fused_shapes
 from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
 from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
 from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
 from puna.cuda.wide_plan import (
-    PROMPT_TOKENS,
     has_wide,
     variants,
     wide_defines,
@@ -58,7 +54,6 @@ def cuda_sources(config: EngineConfig) -> tuple[CudaSource, ...]:
         _BANDWIDTH,
         *([_fused_source(config)] if has_fused(config) else []),
         *(_wide_source(config, it) for it in (variants(config) if has_wide(config) else ())),
-        *([prompt_source(config)] if has_prompt(config) else []),
         *([_attend_source(config)] if has_wide(config) else []),
         *([_swiglu_source(config)] if has_swiglu(config) else []),
     )
@@ -104,25 +99,6 @@ def _wide_source(config: EngineConfig, tokens: int) -> CudaSource:
     kernels.append(CudaKernel(f"pick_{tokens}", "pick", _PICK, 1, 0, True))
     defines = tuple(wide_defines(config, tokens).items())
     return CudaSource(f"wide_{tokens}", "wide_sm90.cu", defines, tuple(kernels))
-
-
-def prompt_source(config: EngineConfig) -> CudaSource:
-    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
-    kernels = [
-        CudaKernel(
-            f"{name}_{PROMPT_TOKENS}",
-            name,
-            (("w", "map"), ("x", "map"), *arguments),
-            PROMPT_WARPS,
-            PROMPT_SHARED_BYTES,
-            True,
-        )
-        for name, arguments in _several_tokens(dtype).items()
-        if name != "head"
-    ]
-    kernels.append(_enter(dtype, PROMPT_TOKENS))
-    defines = tuple(prompt_defines(config).items())
-    return CudaSource("prompt", "prompt_sm90.cu", defines, tuple(kernels))
 
 
 def _enter(dtype: str, tokens: int) -> CudaKernel:

@@ -18,7 +18,6 @@ from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import WideMaps
-from puna.cuda.prompt_plan import has_prompt
 from puna.cuda.wide_plan import TOKENS, variant
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
@@ -42,6 +41,7 @@ class _AddToStream:
 class WideDecode:
     """The operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
+    operations = frozenset(("qkv", "attention", "out", "gate_up", "down", "head"))
     most_logits = TOKENS[-1]
 
     def __init__(
@@ -53,8 +53,6 @@ class WideDecode:
         num_ctas: int,
         attend: Attend,
     ) -> None:
-        prompts = ("out",) if has_prompt(config) else ()
-        self.operations = frozenset(("qkv", "attention", "gate_up", "down", "head", *prompts))
         self._attend = attend
         self._kernels = kernels
         self._arrays = arrays
@@ -77,7 +75,7 @@ class WideDecode:
         self._launch(
             "qkv",
             len(q_TQ),
-            self._maps.weight("qkv", weight_XK, len(q_TQ)),
+            self._maps.weight("qkv", weight_XK),
             self._next(len(q_TQ)),
             self._bias(bias_N),
             self._arrays["fused_sums"],
@@ -115,7 +113,7 @@ class WideDecode:
         self._launch(
             "gate_up",
             len(act_TF),
-            self._maps.weight("gate_up", weight_XK, len(act_TF)),
+            self._maps.weight("gate_up", weight_XK),
             self._next(len(act_TF)),
             self._bias(bias_N),
             self._arrays["fused_sums"],
@@ -137,7 +135,7 @@ class WideDecode:
         self._launch(
             "head",
             num_rows,
-            self._maps.weight("head", weight_NK, num_rows),
+            self._maps.weight("head", weight_NK),
             self._next(num_rows),
             logits_LV,
             arrays["fused_best"],
@@ -175,7 +173,7 @@ class WideDecode:
         self._launch(
             held.kernel,
             len(held.input_TK),
-            self._maps.weight(held.kernel, held.weight_NK, len(held.input_TK)),
+            self._maps.weight(held.kernel, held.weight_NK),
             self._maps.input(held.input_TK),
             self._bias(held.bias_N),
             held.residual_TD,

@@ -25,7 +25,6 @@ from puna.engine import EngineConfig
 
 # Kernels are compiled for up to so many tokens.
 TOKENS = (8, 16, 32, 64)
-PROMPT_TOKENS = 128
 COLUMNS = 64  # of a box: 128 bytes
 NUM_WARPS = 8
 _CTAS = 132  # that tiles are sized for: multiprocessors of an H100 or H200
@@ -69,8 +68,8 @@ def has_wide(config: EngineConfig) -> bool:
 
 
 def variant(num_tokens: int) -> int:
-    """Which of the kernels is for so many tokens: beyond 64 those of `puna.cuda.prompt_plan`."""
-    return next(tokens for tokens in (*TOKENS, PROMPT_TOKENS) if num_tokens <= tokens)
+    """Which of the kernels is for so many tokens."""
+    return next(tokens for tokens in TOKENS if num_tokens <= tokens)
 
 
 def variants(config: EngineConfig) -> tuple[int, ...]:
@@ -78,10 +77,9 @@ def variants(config: EngineConfig) -> tuple[int, ...]:
     return TOKENS[: TOKENS.index(variant(min(config.limits.max_batch_size, TOKENS[-1]))) + 1]
 
 
-def cut(s: FusedShapes, vocab_size: int, kernel: str, most_rows: int | None = None) -> Cut:
-    """How a kernel's matrix is cut for GPUs of 132 multiprocessors; right for any other number.
-    `most_rows`: of a tile, of either half; None: as many as are best for up to 64 tokens."""
-    most_rows = most_rows or _MOST_ROWS[kernel]
+def cut(s: FusedShapes, vocab_size: int, kernel: str) -> Cut:
+    """How a kernel's matrix is cut for GPUs of 132 multiprocessors; right for any other number."""
+    most_rows = _MOST_ROWS[kernel]
     if kernel == "qkv":
         # Whole units of a head. Two CTAs of a tile have sums to exchange.
         pairs = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim // 2

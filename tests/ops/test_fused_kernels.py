@@ -16,7 +16,6 @@ from cuda_configs import BLOCK, cuda_config
 from emulator import EmulatedDriver, EmulatedLibrary
 
 from puna.batch import ForwardBatch
-from puna.cuda import prompt_plan
 from puna.cuda.fused_ops import fused_ops
 from puna.cuda.source_table import cuda_sources
 from puna.cuda_memory import cuda_specs, padded_rows
@@ -35,8 +34,6 @@ SPECS: dict[str, tuple[ModelSpec, Literal["float16", "bfloat16"]]] = {
     ),
     # Not for one token's; units of gate and up that are cut, and rows for more than 32 of a half.
     "odd": (ModelSpec(4288, 1344, 2, 4, 1, 128, 1001, 512, mlp_bias=True), "float16"),
-    # For more than 64 sequences.
-    "many": (ModelSpec(512, 768, 2, 4, 2, 128, 301, 512), "float16"),
 }
 MAX_SEQ_LEN = 5000
 
@@ -47,12 +44,12 @@ class Fused:
     def __init__(self, name: str, folder: Path) -> None:
         self.spec, dtype = SPECS[name]
         self.config: EngineConfig = cuda_config(
-            self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=96 if name == "many" else 64
+            self.spec, dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=64
         )
         sources = [
             it
             for it in cuda_sources(self.config)
-            if it.name.startswith(("decode", "attend", "wide", "prompt"))
+            if it.name.startswith(("decode", "attend", "wide"))
         ]
         self.library = EmulatedLibrary(sources, folder)
         self.dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
@@ -66,15 +63,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fused]:
 class Model:
     """Two layers of random weights and a cache, and a step of them in both ways."""
 
-    def __init__(
-        self,
-        fused: Fused,
-        contexts: list[int],
-        num_ctas: int,
-        seed: int,
-        num_logits: int | None,  # None: of all
-    ) -> None:
-        self.fused, self.contexts, self.num_logits = fused, contexts, num_logits or len(contexts)
+    def __init__(self, fused: Fused, contexts: list[int], num_ctas: int, seed: int) -> None:
+        self.fused, self.contexts = fused, contexts
         self.random = torch.Generator().manual_seed(seed)
         spec = fused.spec
         kinds = {"float32": torch.float32, "int32": torch.int32}
@@ -132,8 +122,7 @@ class Model:
         held = table.gather(1, (last // BLOCK)[:, None].long())[:, 0]
         rows = torch.arange(len(lens), dtype=torch.int32)
         args: Any = rows, last, held * BLOCK + last % BLOCK, torch.arange(len(lens) + 1), lens
-        wanted = rows.flip(0)[: self.num_logits]
-        return ForwardBatch(*args, table, wanted, is_decode=True)
+        return ForwardBatch(*args, table, rows.flip(0), is_decode=True)
 
     def run(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the last rows first, and the tokens that were chosen."""
@@ -147,9 +136,9 @@ class Model:
             ops.attention(q_TQ, batch, cache, layer["o"], layer["o_bias"], x)
             ops.gate_up(x, mlp_norm, layer["gate_up"], layer["gate_up_bias"], act_TF)
             ops.down(act_TF, layer["down"], layer["down_bias"], x)
-        logits_LV = torch.full((self.num_logits, self.fused.spec.vocab_size), float("nan"))
-        tokens_L = torch.full((self.num_logits,), -7, dtype=torch.int32)
-        rows_L = torch.arange(self.num_logits, dtype=torch.int32)
+        logits_LV = torch.full((num, self.fused.spec.vocab_size), float("nan"))
+        tokens_L = torch.full((num,), -7, dtype=torch.int32)
+        rows_L = torch.arange(num, dtype=torch.int32)
         ops.head(x, batch.logits_rows_L, self.norms[4], self.head, logits_LV)
         ops.sample_greedy(rows_L, arrays["last_tokens_R"], tokens_L)
         ops.finish()
@@ -229,25 +218,12 @@ def test_a_step_of_odd_sizes(made: dict[str, Fused], tmp_path_factory: Any, num_
     check_a_step(made, tmp_path_factory, "odd", contexts, 4)
 
 
-def test_a_step_of_many_sequences(
-    made: dict[str, Fused], tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prompt_plan, "IS_USED", True)
-    contexts = [1 + 61 * i % 90 for i in range(70)]
-    check_a_step(made, tmp_path_factory, "many", contexts, 4, num_logits=50)
-
-
 def check_a_step(
-    made: dict[str, Fused],
-    tmp_path_factory: Any,
-    name: str,
-    contexts: list[int],
-    num_ctas: int,
-    num_logits: int | None = None,
+    made: dict[str, Fused], tmp_path_factory: Any, name: str, contexts: list[int], num_ctas: int
 ) -> None:
     if name not in made:
         made[name] = Fused(name, tmp_path_factory.mktemp("emulated"))
-    model = Model(made[name], contexts, num_ctas, seed=len(contexts), num_logits=num_logits)
+    model = Model(made[name], contexts, num_ctas, seed=len(contexts))
     h_TD = model.floats(len(contexts), model.fused.spec.hidden_size)
     expected_LV = model.expected(h_TD)
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[model.fused.dtype]
