@@ -54,6 +54,8 @@ def library_for(name: str, made: dict[str, Any], folder: Path) -> Any:
         ([5, 33], 4),
         ([40, 0, 7], 4),
         ([96, 96], 5),
+        ([97, 97, 97, 96, 96, 95], 4),  # tasks that are not quite even, whole
+        ([97, 0, 97, 96], 4),
         ([200, 200, 200, 200], 2),
         ([64, 1, 300, 129, 31, 32, 40, 256], 5),
         ([1 + 61 * i % 300 for i in range(40)], 4),

@@ -84,39 +84,38 @@ struct Stretch {
   }
 };
 
-// How stretches are dealt. `before` as above; `longest`: most that a KV head has of a sequence.
+// How stretches are dealt: evenly, or whole tasks, as many to each, where that is about as even. `before` as above; `longest`: most that a
+// KV head has of a sequence; `num_present`: sequences that have some.
 struct Deal {
   const int* before;
-  int num_seqs, all, num_ctas;        // num_ctas: that have a stretch
+  int num_seqs, all, num_tasks, num_ctas;       // num_ctas: that have a stretch
   bool cuts_no_cta, cuts_no_warp;     // bounds of CTAs, and of warps, are those of tasks
   __device__ __forceinline__ void start(const int* table, int seqs, int longest, int num_present) {
     before = table;
     num_seqs = seqs;
     all = table[seqs] * KV_HEADS;
+    num_tasks = num_present * KV_HEADS;
     num_ctas = max(min((int)gridDim.x, all), 1);
-    const int num_tasks = num_present * KV_HEADS;
     auto most = [&](int num_parties) { return (num_tasks + num_parties - 1) / num_parties * longest; };
     auto is_even = [&](int num_parties) { return most(num_parties) * num_parties <= all + all / 8; };
+    const bool is_dense = table[num_present] == table[seqs];      // those that are absent follow the others
     // What CTAs leave each other costs about as much time as a few stretches.
-    cuts_no_cta = is_even(num_ctas) || most(num_ctas) <= 3 * NW;
+    cuts_no_cta = is_dense && (is_even(num_ctas) || most(num_ctas) <= 3 * NW);
     cuts_no_warp = cuts_no_cta && is_even(num_ctas * NW);
   }
-  __device__ __forceinline__ int nearest_task(int n) const {
-    if (n >= all) return n;
-    Stretch s;
-    s.find(before, num_seqs, n);
-    return s.at * 2 < s.num ? n - s.at : n - s.at + s.num;
+  // The first stretch of the n-th of num parties' tasks.
+  __device__ __forceinline__ int first_of_tasks(int n, int num) const {
+    const int task = num_tasks * min(n, num) / num, seq = task / KV_HEADS;
+    return task == num_tasks ? all : before[seq] * KV_HEADS + task % KV_HEADS * (before[seq + 1] - before[seq]);
   }
   // Of all the cache's tokens, times the number of CTAs: less than 2^31.
   __device__ __forceinline__ int first_of_cta(int cta) const {
-    const int n = (int)((u32)all * min(cta, num_ctas) / num_ctas);
-    return cuts_no_cta ? nearest_task(n) : n;
+    return cuts_no_cta ? first_of_tasks(cta, num_ctas) : (int)((u32)all * min(cta, num_ctas) / num_ctas);
   }
   // The CTA that has a stretch, where CTAs' bounds may cut.
   __device__ __forceinline__ int cta_of(int n) const { return (int)((((u32)n + 1) * num_ctas - 1) / all); }
   __device__ __forceinline__ int first_of_warp(int first, int last, int warp) const {
-    const int n = first + (last - first) * warp / NW;
-    return cuts_no_warp && warp % NW ? nearest_task(n) : n;
+    return cuts_no_warp ? first_of_tasks(blockIdx.x * NW + warp, num_ctas * NW) : first + (last - first) * warp / NW;
   }
 };
 
