@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", default=["as it is"])
     args = parser.parse_args()
     sizes = {
-        "max_seq_len": max(4096, *args.context),
-        "max_batch_size": max(64, *args.decode),
+        "max_seq_len": max([4096, *args.context]),
+        "max_batch_size": max([64, *args.decode]),
     }
     config = config_for(args.model, args.dtype, "sm_90", **sizes)
     variants = [Variant.parse(text) for text in args.variants]
