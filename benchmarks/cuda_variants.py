@@ -4,10 +4,10 @@
                                        [--model llama-2-7b] [--dtype float16] [--context 192 ...]
                                        [--decode 8 16 32 64] [--prefill 128] [--check]
 
-A constant is one of `puna.cuda`, as wide_plan._OUT_BYTES, or a macro of the CUDA C++ sources, which
-read it with #ifdef. H200s differ by 2 to 4 % among each other and as they get warm, so only times
-of one process say anything about a variant. Logits are compared with those of the portable kernels.
-`--check` compiles the variants only, which needs no GPU.
+A constant is one of `puna.cuda`, as attend_plan.REGISTERS, or a macro of the CUDA C++ sources,
+which read it with #ifdef. H200s differ by 2 to 4 % among each other and as they get warm, so only
+times of one process say anything about a variant. Logits are compared with those of the portable
+kernels. `--check` compiles the variants only, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """
-        >>> Variant.parse("small:wide_plan._OUT_BYTES=81920;EARLY=3").constants
-        (('wide_plan', '_OUT_BYTES', 81920),)
+        >>> Variant.parse("small:attend_plan.REGISTERS=192;EARLY=3").constants
+        (('attend_plan', 'REGISTERS', 192),)
         """
         name, _, rest = text.partition(":")
         constants: list[tuple[str, str, Any]] = []

@@ -93,7 +93,7 @@ def _wide_source(config: EngineConfig, tokens: int) -> CudaSource:
     kernels = []
     for name, arguments in _several_tokens(dtype).items():
         given = ("w", "map"), ("x", "map"), *arguments
-        shared = wide_shared_bytes(config, name)
+        shared = wide_shared_bytes(config, name, tokens)
         kernels.append(CudaKernel(f"{name}_{tokens}", name, given, WIDE_WARPS, shared, True))
     kernels.append(_enter(dtype, tokens))
     kernels.append(CudaKernel(f"pick_{tokens}", "pick", _PICK, 1, 0, True))

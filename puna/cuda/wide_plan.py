@@ -30,10 +30,12 @@ NUM_WARPS = 8
 _CTAS = 132  # that tiles are sized for: multiprocessors of an H100 or H200
 # Most rows of a tile, of either half.
 _MOST_ROWS = MappingProxyType({"qkv": 64, "out": 96, "gate_up": 64, "down": 96, "head": 256})
-# gate_up is resident beside out when attention has ended, so that its ring fills meanwhile. At 8,
-# 16, 32 and 64 tokens, ms a step: 3.50, 3.70, 4.22 and 5.41 with 80 KB for out, 3.49, 3.71, 4.19
-# and 5.41 with 90, 3.51, 3.71, 4.19 and 5.46 with 100 (7B at context 192, H200, 2026-11-27).
-_OUT_BYTES = 90 * 1024
+# gate_up is resident beside out when attention has ended, so that its ring fills meanwhile. What
+# out has of a multiprocessor's shared memory, by tokens. At 8, 16, 32 and 64, ms a step: 3.50,
+# 3.70, 4.22 and 5.41 with 80 KB, 3.49, 3.71, 4.19 and 5.41 with 90, 3.51, 3.71, 4.19 and 5.46 with
+# 100; of a slower one 3.58, 3.79, 4.32 and 5.63 with 90, 3.59, 3.78, 4.31 and 5.56 with 94, where
+# out has a stage more at 64 and gate_up none less (7B at context 192, H200, 2026-11-27).
+_OUT_BYTES = MappingProxyType({8: 90 * 1024, 16: 90 * 1024, 32: 94 * 1024, 64: 94 * 1024})
 # Mirrors of constants in the source.
 _ROW_BYTES, _BLOCK, _WARPS, _MAX_STAGES, _LEAST_STAGES = 128, 64, 4, 32, 3
 
@@ -111,12 +113,12 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def wide_shared_bytes(config: EngineConfig, kernel: str) -> int:
+def wide_shared_bytes(config: EngineConfig, kernel: str, tokens: int) -> int:
     """Of dynamic shared memory."""
     beside = {
         "qkv": room_beside(fused_shapes(config)),
-        "out": _OUT_BYTES,
-        "gate_up": OF_A_MULTIPROCESSOR - _OUT_BYTES - 2 * RESERVED,
+        "out": _OUT_BYTES[tokens],
+        "gate_up": OF_A_MULTIPROCESSOR - _OUT_BYTES[tokens] - 2 * RESERVED,
     }
     return beside.get(kernel, MAX_SHARED) // 1024 * 1024
 
@@ -129,7 +131,7 @@ def _num_stages(config: EngineConfig, kernel: str, tokens: int) -> int:
     received = it.halves * blocks * max(eights // 2, 1) * senders * 16 if it.cluster > 1 else 0
     barriers = (2 * _MAX_STAGES + 4) * 8
     words = (_WARPS * 8 * 20 + (_WARPS * 2 + 1) * tokens) * 4
-    ring = (wide_shared_bytes(config, kernel) - received - barriers - words) // 1024 * 1024
+    ring = (wide_shared_bytes(config, kernel, tokens) - received - barriers - words) // 1024 * 1024
     beyond = (2 if kernel == "qkv" else 1) * (blocks * _BLOCK - it.half_rows) * _ROW_BYTES
     stage = (tokens + it.halves * it.half_rows) * _ROW_BYTES
     return min((ring - beyond) // stage, _MAX_STAGES)
@@ -143,7 +145,7 @@ def wide_defines(config: EngineConfig, tokens: int) -> dict[str, int | str]:
         **layer_defines(config),
         "TOKENS": tokens,
         "ROWS": tokens,
-        **{f"SHARED_{kernel}": wide_shared_bytes(config, kernel) for kernel in KERNELS},
+        **{f"SHARED_{kernel}": wide_shared_bytes(config, kernel, tokens) for kernel in KERNELS},
         **{f"STAGES_{kernel}": _num_stages(config, kernel, tokens) for kernel in KERNELS},
         **{f"UNIT_{kernel}": it.unit for kernel, it in cuts.items()},
         **{f"MOST_{kernel}": it.most for kernel, it in cuts.items()},
