@@ -60,7 +60,8 @@ def has_wide(config: EngineConfig) -> bool:
     if config.limits.max_batch_size < 2 or not has_attend(config):
         return False
     s = fused_shapes(config)
-    if any(size % COLUMNS for size in (s.hidden, s.q_size, s.ffn)):
+    # Whole chunks, and one at least for each CTA of a cluster.
+    if any(size % COLUMNS or size < 2 * COLUMNS for size in (s.hidden, s.q_size, s.ffn)):
         return False
     return all(
         _num_stages(config, kernel, tokens) >= _LEAST_STAGES

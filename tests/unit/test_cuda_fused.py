@@ -46,6 +46,7 @@ def test_which_engines_have_them() -> None:
         (replace(SMALL, intermediate_size=2176), True),
         (replace(SMALL, num_heads=64, head_dim=32), False),
         (replace(SMALL, num_kv_heads=2), False),
+        (replace(SMALL, num_heads=1, num_kv_heads=1), False),  # a chunk alone
         (parse_preset("smollm2-135m"), True),
     ):
         config = cuda_config(changed)
