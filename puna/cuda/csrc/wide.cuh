@@ -1,7 +1,5 @@
-// What the products of a LLaMA layer for several tokens have in common, whichever operand of wgmma the tokens are: arguments, how a matrix
-// is cut among CTAs, and how it gets there.
-//
-// Defined by who includes it: TOKENS, HELPERS: warps that work out the norm's factors, and what wide_sm90.cu says.
+// The products of a LLaMA layer for several tokens: arguments, how a matrix is cut among CTAs, and how it gets there. What becomes of it is in
+// wide_sm90.cu, which defines TOKENS, HELPERS: warps that work out the norm's factors, and the others.
 #pragma once
 #include "cluster.cuh"
 #include "layer.cuh"

@@ -1,4 +1,4 @@
-// The products of a LLaMA layer for several tokens, each of a sequence of its own, on Hopper (sm_90a), with what follows each:
+// The products of a LLaMA layer for several tokens, of a sequence each or of a prompt, on Hopper (sm_90a), with what follows each:
 // rotation and append to the cache, residual, SiLU. Four launches a layer; attention (attend_sm90.cu) is the fifth, resident beside qkv
 // and out, which leave room for it.
 //
@@ -305,8 +305,36 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
   // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
 }
 
-constexpr int MOST_REGISTERS = 255;                 // of a thread, where attention is not beside it
-#include "wide_kernels.cuh"
+#define KERNEL(name, registers) extern "C" __global__ __cluster_dims__(CLUSTER_##name, 1, 1) __maxnreg__(registers) void name
+
+KERNEL(qkv, REGISTERS_BESIDE)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums, int is_finished,
+            const float* cos, const float* sin, const int* positions, const int* slots, u16* q, u16* keys, u16* values, int num_tokens) {
+  Args p{};
+  p.bias = bias; p.num_tokens = num_tokens; p.is_finished = is_finished; p.sums = sums; p.cos = cos; p.sin = sin; p.positions = positions;
+  p.slots = slots; p.q = q; p.keys = keys; p.values = values;
+  run<QKV, HIDDEN>(p, w, x);
+}
+
+KERNEL(out, REGISTERS_BESIDE)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
+            u16* next, float* new_sums, int num_tokens) {
+  Args p{};
+  p.bias = bias; p.num_tokens = num_tokens; p.h = h; p.gamma = gamma; p.next = next; p.new_sums = new_sums;
+  run<OUT, Q_SIZE>(p, w, x);
+}
+
+KERNEL(gate_up, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, const float* sums,
+                int is_finished, u16* y, int num_tokens) {
+  Args p{};
+  p.bias = bias; p.num_tokens = num_tokens; p.is_finished = is_finished; p.sums = sums; p.y = y;
+  run<GATE_UP, HIDDEN>(p, w, x);
+}
+
+KERNEL(down, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const float* bias, float* h, const float* gamma,
+             u16* next, float* new_sums, int num_tokens) {
+  Args p{};
+  p.bias = bias; p.num_tokens = num_tokens; p.h = h; p.gamma = gamma; p.next = next; p.new_sums = new_sums;
+  run<DOWN, FFN>(p, w, x);
+}
 
 KERNEL(head, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, float* logits, float2* best, int* epoch, int num_tokens) {
   Args p{};
