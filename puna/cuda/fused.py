@@ -38,7 +38,6 @@ class FusedDecode:
     """The fused operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
     operations = frozenset(("qkv", "attention", "gate_up", "down", "head"))
-    most_logits = 1
 
     def __init__(
         self,

@@ -82,11 +82,6 @@ class FusedOps(Protocol):
         """Of qkv, attention, out, gate_up, down, head: those that there are."""
         ...
 
-    @property
-    def most_logits(self) -> int:
-        """Rows that `head` is for."""
-        ...
-
     def qkv(
         self,
         x: Stream,

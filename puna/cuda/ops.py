@@ -249,7 +249,7 @@ class CudaOps:
     ) -> None:
         (matrix,) = linear.weights
         fused = self._fused_for("head", x)
-        if fused and len(rows_L) > min(len(x.residual_TD), fused.most_logits):
+        if len(rows_L) > len(x.residual_TD):
             fused = None
         self._fused_head = fused
         if fused:

@@ -18,7 +18,7 @@ from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import WideMaps
-from puna.cuda.wide_plan import TOKENS, variant
+from puna.cuda.wide_plan import variant
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
@@ -42,7 +42,6 @@ class WideDecode:
     """The operations over a session's workspace. `num_ctas`: multiprocessors of the GPU."""
 
     operations = frozenset(("qkv", "attention", "out", "gate_up", "down", "head"))
-    most_logits = TOKENS[-1]
 
     def __init__(
         self,
