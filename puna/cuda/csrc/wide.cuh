@@ -1,13 +1,16 @@
 // The products of a LLaMA layer for several tokens: arguments, how a matrix is cut among CTAs, and how it gets there. What becomes of it is in
-// wide_sm90.cu, which defines TOKENS, HELPERS: warps that work out the norm's factors, and the others.
+// wide_sm90.cu, which defines TOKENS, COMPUTE: warps that multiply, HELPERS: warps that work out the norm's factors, and the others.
 #pragma once
 #include "cluster.cuh"
 #include "layer.cuh"
 #include "wgmma.cuh"
 
 constexpr int COLUMNS = 64, ROW_BYTES = COLUMNS * 2;
+constexpr int BLOCK = 64;                           // rows of a wgmma
+constexpr int EIGHTS = TOKENS / 8;                  // of tokens
 constexpr int MAX_STAGES = 32, BEHIND = 2;          // BEHIND: stages that are requested behind the input
 constexpr int MAX_CTAS = 256;                       // puna.cuda_memory.MAX_MULTIPROCESSORS
+constexpr int TURNED = 8 * 20;                      // numbers, of a warp: eight tokens of sixteen rows each, and four more: no conflicts of banks
 
 enum Mode { QKV, OUT, GATE_UP, DOWN, HEAD };
 #define OF_MODE(name) (MODE == QKV ? name##_qkv : MODE == OUT ? name##_out : MODE == GATE_UP ? name##_gate_up : MODE == DOWN ? name##_down : name##_head)
@@ -37,7 +40,7 @@ struct Args {
 // How a product is cut. A unit is a box of UNIT rows, or two, of halves that belong together: of a head, or gate and up. A tile is as
 // many units as a CTA multiplies at a time.
 template <int MODE, int K>
-struct Units {
+struct Cut {
   static constexpr int HALVES = MODE == QKV || MODE == GATE_UP ? 2 : 1;
   static constexpr int UNIT = OF_MODE(UNIT), SLOT = (UNIT + 7) / 8 * 8, MOST = OF_MODE(MOST), CLUSTER = OF_MODE(CLUSTER);
   static constexpr int ROWS_OF_HALF = MODE == QKV ? ALL_HEADS * HEAD_DIM / 2 : MODE == GATE_UP ? FFN : MODE == HEAD ? VOCAB : HIDDEN;
@@ -49,8 +52,17 @@ struct Units {
   static constexpr int CHUNKS = K / COLUMNS;
   static constexpr int INPUT = TOKENS * ROW_BYTES, STAGE = INPUT + HALVES * HALF * ROW_BYTES;
   static constexpr int STAGES = OF_MODE(STAGES);
+  static constexpr int BLOCKS = (HALF + BLOCK - 1) / BLOCK;           // of either half
+  // Of a cluster each CTA finishes half of the tokens; where those are eight, half of the warps' rows.
+  static constexpr int MINE = CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
+  static constexpr int SENDERS = (CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
+  static constexpr int RECEIVED = CLUSTER == 2 ? HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
+  static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
+  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - BARRIERS * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
+  static constexpr int BEYOND = (ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
   static_assert(K % COLUMNS == 0 && UNIT % (MODE == GATE_UP ? 2 : 4) == 0, "whole chunks, and rows that are stored together");
   static_assert(STAGES >= 3 && STAGES <= MAX_STAGES, "a ring, and its barriers");
+  static_assert(STAGES * STAGE + BEYOND <= RING, "shared memory as planned");
   static_assert(MODE != QKV || HEAD_DIM / 2 % SLOT == 0, "a unit lies in a head");
 };
 
@@ -142,9 +154,8 @@ __device__ __forceinline__ void copy_chunks(int num_tokens, const TensorMap& wei
 
 // A CTA's part of the matrix, and its shared memory: ring | sums of the other CTA of a cluster | barriers | what else the kernel has.
 // COMPUTE warps multiply, one copies, HELPERS more work out the norm's factors.
-template <class C, int COMPUTE>
+template <class C>
 struct Place {
-  static constexpr int BARRIERS = 2 * MAX_STAGES + 4;
   const int rank, peer;
   int first_unit, last_unit, first_chunk, num_chunks;     // of a CTA, or units of a cluster and chunks of a CTA
   const u32 data, sums, full, empty, scaled, received, taken;
@@ -152,7 +163,7 @@ struct Place {
   __device__ __forceinline__ explicit Place(unsigned char* shared)
       : rank(C::CLUSTER == 2 ? cluster_rank() : 0), peer(rank ^ 1), data(smem32(shared)), sums(data + C::RING), full(sums + C::RECEIVED),
         empty(full + MAX_STAGES * 8), scaled(empty + MAX_STAGES * 8), received(scaled + 8), taken(received + 8),
-        behind(reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + BARRIERS * 8)) {
+        behind(reinterpret_cast<float*>(shared + C::RING + C::RECEIVED + C::BARRIERS * 8)) {
     const int party = blockIdx.x / C::CLUSTER, num_parties = gridDim.x / C::CLUSTER;
     first_unit = (int)((long long)C::UNITS * party / num_parties);
     last_unit = (int)((long long)C::UNITS * (party + 1) / num_parties);

@@ -19,29 +19,10 @@
 // same), ATTENTION_BIAS, MLP_BIAS; of each kernel SHARED_<kernel>: bytes of dynamic shared memory, UNIT_<kernel>: rows of a box,
 // MOST_<kernel>: units of a tile, CLUSTER_<kernel>: CTAs that share columns, STAGES_<kernel>: of the ring; REGISTERS_BESIDE: most of a
 // thread of those beside attention.
-constexpr int HELPERS = 3;                          // warps
+constexpr int COMPUTE = 4, HELPERS = 3;             // warps; one more copies
 #include "best.cuh"
 #include "enter.cuh"
 #include "wide.cuh"
-
-constexpr int BLOCK = 64;                           // rows of a wgmma
-constexpr int EIGHTS = TOKENS / 8;                  // of tokens
-constexpr int COMPUTE = 4;                          // warps; one copies, HELPERS more
-constexpr int TURNED = 8 * 20;                      // numbers, of a warp: eight tokens of sixteen rows each, and four more: no conflicts of banks
-
-// Of a CTA's tile, what is peculiar to weights as the first operand.
-template <int MODE, int K>
-struct Cut : Units<MODE, K> {
-  using U = Units<MODE, K>;
-  static constexpr int BLOCKS = (U::HALF + BLOCK - 1) / BLOCK;        // of either half
-  // Of a cluster each CTA finishes half of the tokens; where those are eight, half of the warps' rows.
-  static constexpr int MINE = U::CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
-  static constexpr int SENDERS = (U::CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
-  static constexpr int RECEIVED = U::CLUSTER == 2 ? U::HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
-  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - (2 * MAX_STAGES + 4) * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
-  static constexpr int BEYOND = (U::ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - U::HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
-  static_assert(U::STAGES * U::STAGE + BEYOND <= RING, "shared memory as planned");
-};
 
 // What the sums become. Lane (g, t) has of each block, turned, rows 4t to 4t + 3 of its warp's sixteen, and of each eight tokens the g-th.
 template <int MODE, int K>
@@ -234,7 +215,7 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
   using C = Cut<MODE, K>;
   constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const Place<C, COMPUTE> here(shared_memory());
+  const Place<C> here(shared_memory());
   float* turned = here.behind;                         // [COMPUTE][TURNED]
   float* words = turned + COMPUTE * TURNED;            // [COMPUTE][TOKENS] pairs
   float* scales = words + COMPUTE * 2 * TOKENS;
