@@ -104,6 +104,7 @@ def _fused_specs(config: EngineConfig) -> dict[str, ArraySpec]:
     of_several = {
         "fused_next": (DTYPES[config.dtype], (rows, s.hidden)),
         "fused_sums": (FLOAT32, (MAX_MULTIPROCESSORS, rows)),
+        "fused_meetings": (INT32, (32768,)),  # a number of 64 bits
     }
     return {
         **(of_one if has_one else {}),

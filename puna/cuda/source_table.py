@@ -17,6 +17,7 @@ from puna.cuda.swiglu_plan import NUM_WARPS as SWIGLU_WARPS
 from puna.cuda.swiglu_plan import SHARED_BYTES, has_swiglu, swiglu_defines
 from puna.cuda.wide_plan import NUM_WARPS as WIDE_WARPS
 from puna.cuda.wide_plan import (
+    PRODUCTS,
     has_wide,
     variants,
     wide_defines,
@@ -77,7 +78,7 @@ _BANDWIDTH = CudaSource(
 
 
 def _fused_source(config: EngineConfig) -> CudaSource:
-    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    dtype = _POINTERS[config.dtype]
     arguments, shapes = _one_token(dtype), fused_shapes(config)
     kernels = [
         CudaKernel(f"{name}_1", name, arguments[name], 8, shared_bytes(shapes, name), True)
@@ -89,12 +90,11 @@ def _fused_source(config: EngineConfig) -> CudaSource:
 
 
 def _wide_source(config: EngineConfig, tokens: int) -> CudaSource:
-    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    dtype = _POINTERS[config.dtype]
     kernels = []
-    for name, arguments in _several_tokens(dtype).items():
-        given = ("w", "map"), ("x", "map"), *arguments
+    for name, arguments in several_tokens(config.dtype).items():
         shared = wide_shared_bytes(config, name)
-        kernels.append(CudaKernel(f"{name}_{tokens}", name, given, WIDE_WARPS, shared, True))
+        kernels.append(CudaKernel(f"{name}_{tokens}", name, arguments, WIDE_WARPS, shared, True))
     kernels.append(_enter(dtype, tokens))
     kernels.append(CudaKernel(f"pick_{tokens}", "pick", _PICK, 1, 0, True))
     defines = tuple(wide_defines(config, tokens).items())
@@ -107,7 +107,7 @@ def _enter(dtype: str, tokens: int) -> CudaKernel:
 
 
 def _attend_source(config: EngineConfig) -> CudaSource:
-    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    dtype = _POINTERS[config.dtype]
     arguments = (
         *(("q", dtype), ("keys", dtype), ("values", dtype)),
         *(("key_map", "map"), ("value_map", "map"), ("eight_keys", "map"), ("eight_values", "map")),
@@ -123,7 +123,7 @@ def _attend_source(config: EngineConfig) -> CudaSource:
 
 
 def _swiglu_source(config: EngineConfig) -> CudaSource:
-    dtype = {"float16": "*fp16", "bfloat16": "*bf16"}[config.dtype]
+    dtype = _POINTERS[config.dtype]
     arguments = (("w", "map"), ("x", "map"), ("bias", "*fp32"), ("act", dtype))
     arguments += tuple((name, "i32") for name in ("num_tokens", "ffn", "up_at", "num_chunks"))
     kernel = CudaKernel("swiglu", "swiglu", arguments, SWIGLU_WARPS, SHARED_BYTES, True)
@@ -131,6 +131,7 @@ def _swiglu_source(config: EngineConfig) -> CudaSource:
     return CudaSource("swiglu", "swiglu_sm90.cu", defines, (kernel,))
 
 
+_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16"}
 _WEIGHT = (("w", "map"), ("bias", "*fp32"))
 _COUNT = (("num_tokens", "i32"),)
 
@@ -177,17 +178,25 @@ def _one_token(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
     }
 
 
-def _several_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Behind the maps of weights and input."""
-    bias = (("bias", "*fp32"),)
-    normed = (*bias, ("sums", "*fp32"), ("is_finished", "i32"))
-    adds = (*bias, ("h", "*fp32"), ("gamma", "*fp32"), ("next", dtype), ("new_sums", "*fp32"))
-    rope = (("cos", "*fp32"), ("sin", "*fp32"), *_integers("positions", "slots"))
-    written = (("q", dtype), ("keys", dtype), ("values", dtype))
+def several_tokens(dtype: str) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Arguments of csrc/wide_sm90.cu's kernels."""
+    kind = _POINTERS[dtype]
     return {
-        "qkv": (*normed, *rope, *written, *_COUNT),
-        "out": (*adds, *_COUNT),
-        "gate_up": (*normed, ("y", dtype), *_COUNT),
-        "down": (*adds, *_COUNT),
-        "head": (("logits", "*fp32"), ("best", "*fp32"), *_integers("epoch"), *_COUNT),
+        "layer": (
+            *((f"{it}_weights", "map") for it in PRODUCTS),
+            *((it, "map") for it in ("attended", "next_input", "act")),
+            *((f"{it}_bias", "*fp32") for it in PRODUCTS),
+            *((it, "*fp32") for it in ("out_gamma", "down_gamma", "h")),
+            *(("next", kind), ("sums", "*fp32"), ("y", kind)),
+            *(("cos", "*fp32"), ("sin", "*fp32"), *_integers("positions", "slots")),
+            *((it, kind) for it in ("q", "keys", "values")),
+            *_integers("meetings", "error"),
+            *((it, "i32") for it in ("parts", "is_finished")),
+            *_COUNT,
+        ),
+        "head": (
+            *(("weights", "map"), ("input", "map"), ("logits", "*fp32"), ("best", "*fp32")),
+            *_integers("epoch"),
+            *_COUNT,
+        ),
     }

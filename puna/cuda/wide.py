@@ -1,9 +1,9 @@
 """WideDecode: the kernels of sm_90 for several tokens (csrc/wide_sm90.cu) as operations.
 
-Decides which of the compiled variants runs and with what, and who normalises: `out` and `down`
-write the input of the product behind the next norm beside the residual, so they are held back
-until it is known. Where something else wrote the residual, or the next product is the head, which
-picks rows, `enter` does it.
+Decides which of the compiled variants runs and with what. Products that follow each other, up to
+the next layer's attention, are one launch, so they are held back until all of it is known. Who
+writes the residual writes the input of the product behind the next norm beside it. Where something
+else wrote the residual, or the next product is the head, which picks rows, `enter` does that.
 
 Shape suffixes as in `puna.cuda.ops`.
 """
@@ -18,24 +18,27 @@ from puna.cuda.attend import Attend
 from puna.cuda.driver import Driver, TensorMap
 from puna.cuda.interfaces import Kernels
 from puna.cuda.maps import WideMaps
-from puna.cuda.wide_plan import TOKENS, variant
+from puna.cuda.source_table import several_tokens
+from puna.cuda.wide_plan import PRODUCTS, TOKENS, variant
 from puna.engine import EngineConfig
 from puna.ops import LayerCache, Norm, RopeTable, Stream
 
 Tensor = Any
 
 _NONE = 0  # an address
+BREAKS = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _AddToStream:
-    """A product that adds to the residual, held back."""
+@dataclass(slots=True)
+class _Layer:
+    """Products that are held back, as the kernel's arguments: those of absent ones are absent.
+    `residual_TD`: that they read or add to."""
 
-    kernel: str
-    input_TK: Tensor
-    weight_NK: Tensor
-    bias_N: Tensor | None
     residual_TD: Tensor
+    num_tokens: int
+    is_finished: bool  # the norm's factor is in the input of the first of them
+    products: list[str]
+    arguments: dict[str, Tensor | TensorMap | int]
 
 
 class WideDecode:
@@ -58,7 +61,8 @@ class WideDecode:
         self._arrays = arrays
         self._num_ctas = num_ctas // 2 * 2  # clusters of two
         self._maps = WideMaps(config, driver)
-        self._held: _AddToStream | None = None
+        self._held: _Layer | None = None
+        self._arguments = several_tokens(config.dtype)["layer"]
 
     def qkv(
         self,
@@ -71,24 +75,17 @@ class WideDecode:
         cache: LayerCache,
         q_TQ: Tensor,
     ) -> None:
-        is_finished = self._normalise(x, norm)
-        self._launch(
-            "qkv",
-            len(q_TQ),
-            self._maps.weight("qkv", weight_XK),
-            self._next(len(q_TQ)),
-            self._bias(bias_N),
-            self._arrays["fused_sums"],
-            is_finished,
-            rope.cos_PE,
-            rope.sin_PE,
-            batch.positions_T,
-            batch.slots_T,
-            q_TQ,
-            cache.keys_NKEP,
-            cache.values_NKPE,
-            len(q_TQ),
-        )
+        held = self._behind_norm("qkv", x, norm, weight_XK, bias_N)
+        held.arguments |= {
+            "cos": rope.cos_PE,
+            "sin": rope.sin_PE,
+            "positions": batch.positions_T,
+            "slots": batch.slots_T,
+            "q": q_TQ,
+            "keys": cache.keys_NKEP,
+            "values": cache.values_NKPE,
+        }
+        self.finish()
 
     def attention(
         self,
@@ -104,27 +101,21 @@ class WideDecode:
         self.out(attended_TQ, weight_NK, bias_N, x)
 
     def out(self, attended_TQ: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
-        self._held = _AddToStream("out", attended_TQ, weight_NK, bias_N, x.residual_TD)
+        self.finish()
+        held = self._hold("out", x, weight_NK, bias_N)
+        held.arguments["attended"] = self._maps.input(attended_TQ)
 
     def gate_up(
         self, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None, act_TF: Tensor
     ) -> None:
-        is_finished = self._normalise(x, norm)
-        self._launch(
-            "gate_up",
-            len(act_TF),
-            self._maps.weight("gate_up", weight_XK),
-            self._next(len(act_TF)),
-            self._bias(bias_N),
-            self._arrays["fused_sums"],
-            is_finished,
-            act_TF,
-            len(act_TF),
-        )
+        held = self._behind_norm("gate_up", x, norm, weight_XK, bias_N)
+        held.arguments["y"] = act_TF
 
     def down(self, act_TF: Tensor, weight_NK: Tensor, bias_N: Tensor | None, x: Stream) -> None:
-        self.finish()
-        self._held = _AddToStream("down", act_TF, weight_NK, bias_N, x.residual_TD)
+        if self._held and ("down" in BREAKS or not self._ends_with("gate_up", x)):
+            self.finish()
+        held = self._hold("down", x, weight_NK, bias_N)
+        held.arguments["act"] = self._maps.input(act_TF)
 
     def head(
         self, x: Stream, rows_L: Tensor, norm: Norm, weight_NK: Tensor, logits_LV: Tensor
@@ -149,39 +140,58 @@ class WideDecode:
         self._kernels.launch(f"pick_{variant(len(rows_L))}", (len(rows_L), 1, 1), arguments, True)
 
     def finish(self) -> None:
-        self._add_to_stream(_NONE)
+        held, self._held = self._held, None
+        if held is None:
+            return
+        held.arguments |= {
+            "h": held.residual_TD,
+            "next": self._arrays["fused_next"],
+            "next_input": self._next(held.num_tokens),
+            "sums": self._arrays["fused_sums"],
+            "meetings": self._arrays["fused_meetings"],
+            "error": self._arrays["fused_error"],
+            "parts": sum(1 << PRODUCTS.index(product) for product in held.products),
+            "is_finished": int(held.is_finished),
+            "num_tokens": held.num_tokens,
+        }
+        absent = {name: self._next(1) if kind == "map" else _NONE for name, kind in self._arguments}
+        self._launch("layer", held.num_tokens, *(absent | held.arguments).values())
 
-    def _normalise(self, x: Stream, norm: Norm) -> int:
-        """Launch what writes `fused_next`; 1 if that has the norm's factor, 0 if the sums of
-        squares are in `fused_sums`."""
-        held, residual_TD = self._held, x.residual_TD
-        if held and held.residual_TD is residual_TD:
-            self._add_to_stream(norm.weight_D)
-            return 0
-        self.finish()
-        self._enter(x, norm, _NONE, len(x.residual_TD))
-        return 1
+    def _behind_norm(
+        self, product: str, x: Stream, norm: Norm, weight_XK: Tensor, bias_N: Tensor | None
+    ) -> _Layer:
+        """Hold a product back whose input is the norm of the residual."""
+        before = "down" if product == "qkv" else "out"
+        if self._ends_with(before, x):
+            self._held.arguments[f"{before}_gamma"] = norm.weight_D
+            if product in BREAKS:
+                self.finish()
+            held = self._hold(product, x, weight_XK, bias_N)
+        else:
+            self.finish()
+            self._enter(x, norm, _NONE, len(x.residual_TD))
+            held = self._hold(product, x, weight_XK, bias_N)
+            held.is_finished = True
+        return held
+
+    def _ends_with(self, product: str, x: Stream) -> bool:
+        """What is held back, of this stream."""
+        held = self._held
+        return bool(held and held.residual_TD is x.residual_TD and held.products[-1] == product)
+
+    def _hold(self, product: str, x: Stream, weight_XK: Tensor, bias_N: Tensor | None) -> _Layer:
+        """Behind what is held back, where there is something."""
+        residual_TD = x.residual_TD
+        if self._held is None:
+            self._held = _Layer(residual_TD, len(residual_TD), False, [], {})
+        self._held.products.append(product)
+        self._held.arguments[f"{product}_weights"] = self._maps.weight(product, weight_XK)
+        self._held.arguments[f"{product}_bias"] = _NONE if bias_N is None else bias_N
+        return self._held
 
     def _enter(self, x: Stream, norm: Norm, rows_L: Tensor | int, num_rows: int) -> None:
         arguments = (x.residual_TD, norm.weight_D, rows_L, self._arrays["fused_next"])
         self._kernels.launch(f"enter_{variant(num_rows)}", (num_rows, 1, 1), arguments, True)
-
-    def _add_to_stream(self, gamma_D: Tensor | int) -> None:
-        held, self._held = self._held, None
-        if held is None:
-            return
-        self._launch(
-            held.kernel,
-            len(held.input_TK),
-            self._maps.weight(held.kernel, held.weight_NK),
-            self._maps.input(held.input_TK),
-            self._bias(held.bias_N),
-            held.residual_TD,
-            gamma_D,
-            self._arrays["fused_next"],
-            self._arrays["fused_sums"],
-            len(held.input_TK),
-        )
 
     def _launch(self, kernel: str, num_tokens: int, *arguments: Tensor | TensorMap | int) -> None:
         grid = self._num_ctas, 1, 1
@@ -189,7 +199,3 @@ class WideDecode:
 
     def _next(self, num_tokens: int) -> TensorMap:
         return self._maps.input(self._arrays["fused_next"][:num_tokens])
-
-    def _bias(self, bias_N: Tensor | None) -> Tensor:
-        """The bias, or what stands for it where the kernel reads none."""
-        return self._arrays["rope_cos_PE"] if bias_N is None else bias_N

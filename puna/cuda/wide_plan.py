@@ -11,29 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from puna.cuda.attend_plan import (
-    MAX_SHARED,
-    OF_A_MULTIPROCESSOR,
-    REGISTERS_BESIDE,
-    RESERVED,
-    has_attend,
-    room_beside,
-)
-from puna.cuda.fused_plan import KERNELS, layer_defines
+from puna.cuda.attend_plan import MAX_SHARED, REGISTERS_BESIDE, has_attend, room_beside
+from puna.cuda.fused_plan import layer_defines
 from puna.cuda.shapes import FusedShapes, fused_shapes
 from puna.engine import EngineConfig
 
 # Kernels are compiled for up to so many tokens.
 TOKENS = (8, 16, 32, 64)
+# Of a layer, in the order in which a launch can have them: the numbers of `Mode` in the source.
+PRODUCTS = ("out", "gate_up", "down", "qkv")
+WIDE_KERNELS = ("layer", "head")
 COLUMNS = 64  # of a box: 128 bytes
 NUM_WARPS = 8
 _CTAS = 132  # that tiles are sized for: multiprocessors of an H100 or H200
 # Most rows of a tile, of either half.
 _MOST_ROWS = MappingProxyType({"qkv": 64, "out": 96, "gate_up": 64, "down": 96, "head": 256})
-# gate_up is resident beside out when attention has ended, so that its ring fills meanwhile. At 8,
-# 16, 32 and 64 tokens, ms a step: 3.50, 3.70, 4.22 and 5.41 with 80 KB for out, 3.49, 3.71, 4.19
-# and 5.41 with 90, 3.51, 3.71, 4.19 and 5.46 with 100 (7B at context 192, H200, 2026-11-27).
-_OUT_BYTES = 90 * 1024
 # Mirrors of constants in the source.
 _ROW_BYTES, _BLOCK, _WARPS, _MAX_STAGES, _LEAST_STAGES = 128, 64, 4, 32, 3
 
@@ -58,11 +50,12 @@ def has_wide(config: EngineConfig) -> bool:
     if config.limits.max_batch_size < 2 or not has_attend(config):
         return False
     s = fused_shapes(config)
-    if any(size % COLUMNS for size in (s.hidden, s.q_size, s.ffn)):
+    # Whole chunks, and one at least for each CTA of a cluster.
+    if any(size % COLUMNS or size < 2 * COLUMNS for size in (s.hidden, s.q_size, s.ffn)):
         return False
     return all(
         _num_stages(config, kernel, tokens) >= _LEAST_STAGES
-        for kernel in KERNELS
+        for kernel in WIDE_KERNELS
         for tokens in variants(config)
     )
 
@@ -112,41 +105,50 @@ def _ceil(a: int, b: int) -> int:
 
 
 def wide_shared_bytes(config: EngineConfig, kernel: str) -> int:
-    """Of dynamic shared memory."""
-    beside = {
-        "qkv": room_beside(fused_shapes(config)),
-        "out": _OUT_BYTES,
-        "gate_up": OF_A_MULTIPROCESSOR - _OUT_BYTES - 2 * RESERVED,
-    }
-    return beside.get(kernel, MAX_SHARED) // 1024 * 1024
+    """Of dynamic shared memory. `kernel`: "layer", or "head"."""
+    most = room_beside(fused_shapes(config)) if kernel == "layer" else MAX_SHARED
+    return most // 1024 * 1024
 
 
 def _num_stages(config: EngineConfig, kernel: str, tokens: int) -> int:
-    """Of a ring: `Cut::STAGES` of the source."""
-    it = cut(fused_shapes(config), config.spec.vocab_size, kernel)
+    """Of a ring: as `Room` of the source lays it out."""
+    products = PRODUCTS if kernel == "layer" else (kernel,)
+    cuts = [(it, cut(fused_shapes(config), config.spec.vocab_size, it)) for it in products]
+    received = max(_received_bytes(it, tokens) for _, it in cuts)
+    barriers = (2 * _MAX_STAGES + 8) * 8
+    numbers = (_WARPS * 8 * 20 + (_WARPS * 2 + 1) * tokens) * 4
+    ring = (wide_shared_bytes(config, kernel) - received - barriers - numbers) // 1024 * 1024
+    beyond = max(_beyond_rows(product, it) for product, it in cuts) * _ROW_BYTES
+    slot = max(tokens + it.halves * it.half_rows for _, it in cuts) * _ROW_BYTES
+    return min((ring - beyond) // slot, _MAX_STAGES)
+
+
+def _received_bytes(it: Cut, tokens: int) -> int:
+    """Sums of the other CTA of a cluster."""
     eights, blocks = tokens // 8, _ceil(it.half_rows, _BLOCK)
     senders = _WARPS * 32 // (1 if eights > 1 else 2)
-    received = it.halves * blocks * max(eights // 2, 1) * senders * 16 if it.cluster > 1 else 0
-    barriers = (2 * _MAX_STAGES + 4) * 8
-    words = (_WARPS * 8 * 20 + (_WARPS * 2 + 1) * tokens) * 4
-    ring = (wide_shared_bytes(config, kernel) - received - barriers - words) // 1024 * 1024
-    beyond = (2 if kernel == "qkv" else 1) * (blocks * _BLOCK - it.half_rows) * _ROW_BYTES
-    stage = (tokens + it.halves * it.half_rows) * _ROW_BYTES
-    return min((ring - beyond) // stage, _MAX_STAGES)
+    return it.halves * blocks * max(eights // 2, 1) * senders * 16 if it.cluster > 1 else 0
+
+
+def _beyond_rows(product: str, it: Cut) -> int:
+    """Behind a stage, that a block of the product reaches."""
+    blocks = _ceil(it.half_rows, _BLOCK)
+    return (2 if product == "qkv" else 1) * (blocks * _BLOCK - it.half_rows)
 
 
 def wide_defines(config: EngineConfig, tokens: int) -> dict[str, int | str]:
     """Macros of the source."""
     s = fused_shapes(config)
-    cuts = {kernel: cut(s, config.spec.vocab_size, kernel) for kernel in KERNELS}
+    cuts = {kernel: cut(s, config.spec.vocab_size, kernel) for kernel in (*PRODUCTS, "head")}
     return {
         **layer_defines(config),
         "TOKENS": tokens,
         "ROWS": tokens,
-        **{f"SHARED_{kernel}": wide_shared_bytes(config, kernel) for kernel in KERNELS},
-        **{f"STAGES_{kernel}": _num_stages(config, kernel, tokens) for kernel in KERNELS},
+        **{f"SHARED_{kernel}": wide_shared_bytes(config, kernel) for kernel in WIDE_KERNELS},
+        **{f"STAGES_{kernel}": _num_stages(config, kernel, tokens) for kernel in WIDE_KERNELS},
         **{f"UNIT_{kernel}": it.unit for kernel, it in cuts.items()},
         **{f"MOST_{kernel}": it.most for kernel, it in cuts.items()},
         **{f"CLUSTER_{kernel}": it.cluster for kernel, it in cuts.items()},
+        "CLUSTER_layer": 2,
         "REGISTERS_BESIDE": REGISTERS_BESIDE,
     }

@@ -350,6 +350,15 @@ inline u32 ld_tagged(const uint2* p, u32 (&w)[8], u32 tag) {
   }
   return wrong;
 }
+inline void signal(u64* count) {
+  ++*count;
+  ++machine.progress;
+}
+inline u64 signals(const u64* count) {
+  machine.pause();
+  return *count;
+}
+inline u64 signals_before(const u64* count) { return *count; }
 inline u16 rounded(float v) {
   u32 bits = __float_as_uint(v);
 #if BF16

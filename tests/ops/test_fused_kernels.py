@@ -34,6 +34,8 @@ SPECS: dict[str, tuple[ModelSpec, Literal["float16", "bfloat16"]]] = {
     ),
     # Not for one token's; units of gate and up that are cut, and rows for more than 32 of a half.
     "odd": (ModelSpec(4288, 1344, 2, 4, 1, 128, 1001, 512, mlp_bias=True), "float16"),
+    # Fewer units than CTAs.
+    "small": (ModelSpec(128, 192, 2, 2, 1, 64, 131, 512), "float16"),
 }
 MAX_SEQ_LEN = 5000
 
@@ -216,6 +218,11 @@ def test_a_step(
 def test_a_step_of_odd_sizes(made: dict[str, Fused], tmp_path_factory: Any, num_seqs: int) -> None:
     contexts = [1 + 61 * i % 40 for i in range(num_seqs)]
     check_a_step(made, tmp_path_factory, "odd", contexts, 4)
+
+
+@pytest.mark.parametrize("num_seqs", [2, 12])
+def test_a_step_of_few_units(made: dict[str, Fused], tmp_path_factory: Any, num_seqs: int) -> None:
+    check_a_step(made, tmp_path_factory, "small", [1 + 61 * i % 40 for i in range(num_seqs)], 40)
 
 
 def check_a_step(

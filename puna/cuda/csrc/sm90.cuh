@@ -109,6 +109,20 @@ __device__ __forceinline__ float4 ldg_f4(const void* p) { return __ldg(reinterpr
 __device__ __forceinline__ float2 ldcg_f2(const void* p) { return __ldcg(reinterpret_cast<const float2*>(p)); }
 __device__ __forceinline__ float2 ldg_f2(const void* p) { return __ldg(reinterpret_cast<const float2*>(p)); }
 
+// ---- A count of signals, of CTAs that are all resident: what a CTA stored before its signal is there for whoever has seen that ----
+__device__ __forceinline__ void signal(u64* count) { asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(count) : "memory"); }
+__device__ __forceinline__ u64 signals(const u64* count) {
+  u64 r;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(r) : "l"(count) : "memory");
+  return r;
+}
+// As many as there were some time before the thread's next signal.
+__device__ __forceinline__ u64 signals_before(const u64* count) {
+  u64 r;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(r) : "l"(count) : "memory");
+  return r;
+}
+
 // ---- Words with a tag ------------------------------------------------------------------------------------------------------
 // Between CTAs of one launch a word carries a tag beside its data, and whoever waits for it polls the data itself: no fence and
 // no counter, either of which stalls the streams (one fence a tile: 13 of 46 us; H100, 2026-11-25). This is the low-latency

@@ -19,204 +19,9 @@
 // same), ATTENTION_BIAS, MLP_BIAS; of each kernel SHARED_<kernel>: bytes of dynamic shared memory, UNIT_<kernel>: rows of a box,
 // MOST_<kernel>: units of a tile, CLUSTER_<kernel>: CTAs that share columns, STAGES_<kernel>: of the ring; REGISTERS_BESIDE: most of a
 // thread of those beside attention.
-constexpr int HELPERS = 3;                          // warps
-#include "best.cuh"
+constexpr int COMPUTE = 4, HELPERS = 3;             // warps; one more copies
 #include "enter.cuh"
-#include "wide.cuh"
-
-constexpr int BLOCK = 64;                           // rows of a wgmma
-constexpr int EIGHTS = TOKENS / 8;                  // of tokens
-constexpr int COMPUTE = 4;                          // warps; one copies, HELPERS more
-constexpr int TURNED = 8 * 20;                      // numbers, of a warp: eight tokens of sixteen rows each, and four more: no conflicts of banks
-
-// Of a CTA's tile, what is peculiar to weights as the first operand.
-template <int MODE, int K>
-struct Cut : Units<MODE, K> {
-  using U = Units<MODE, K>;
-  static constexpr int BLOCKS = (U::HALF + BLOCK - 1) / BLOCK;        // of either half
-  // Of a cluster each CTA finishes half of the tokens; where those are eight, half of the warps' rows.
-  static constexpr int MINE = U::CLUSTER == 2 && EIGHTS > 1 ? EIGHTS / 2 : EIGHTS;
-  static constexpr int SENDERS = (U::CLUSTER == 2 && EIGHTS > 1 ? COMPUTE : COMPUTE / 2) * 32;
-  static constexpr int RECEIVED = U::CLUSTER == 2 ? U::HALVES * BLOCKS * MINE * SENDERS * 16 : 0;
-  static constexpr int RING = (OF_MODE(SHARED) - RECEIVED - (2 * MAX_STAGES + 4) * 8 - (COMPUTE * TURNED + (COMPUTE * 2 + 1) * TOKENS) * 4) / 1024 * 1024;
-  static constexpr int BEYOND = (U::ALTERNATES ? 2 : 1) * (BLOCKS * BLOCK - U::HALF) * ROW_BYTES;    // that a block's rows reach behind a stage
-  static_assert(U::STAGES * U::STAGE + BEYOND <= RING, "shared memory as planned");
-};
-
-// What the sums become. Lane (g, t) has of each block, turned, rows 4t to 4t + 3 of its warp's sixteen, and of each eight tokens the g-th.
-template <int MODE, int K>
-struct Finish {
-  using C = Cut<MODE, K>;
-  static constexpr int MINE = C::MINE;
-  static constexpr bool ADDS = MODE == OUT || MODE == DOWN;
-  // Loaded before the sums are there, where registers allow.
-  static constexpr bool LOADS_ROTATIONS = MODE == QKV && C::BLOCKS * MINE <= 4;
-  const Args& p;
-  const int warp, g, t, from;         // from: its first eight of the tokens
-  float* const turned;                // [8][20], of the warp
-  int first, end;           // units of the tile
-  int positions[MODE == QKV ? MINE : 1], slots[MODE == QKV ? MINE : 1];
-  float4 cos[LOADS_ROTATIONS ? C::BLOCKS : 1][LOADS_ROTATIONS ? MINE : 1], sin[LOADS_ROTATIONS ? C::BLOCKS : 1][LOADS_ROTATIONS ? MINE : 1];
-  float4 gamma[ADDS ? C::BLOCKS : 1], residual[ADDS ? C::BLOCKS : 1][ADDS ? MINE : 1];
-  float squares[ADDS ? MINE : 1] = {};
-  float2 best[MODE == HEAD ? MINE : 1];
-  __device__ __forceinline__ Finish(const Args& args, float* turned_, int warp_, int lane, int rank)
-      : p(args), warp(warp_), g(lane / 4), t(lane % 4), from(MINE < EIGHTS ? rank * MINE : 0), turned(turned_ + warp_ * TURNED) {
-    if (MODE == HEAD)
-#pragma unroll
-      for (int e = 0; e < MINE; ++e) best[e] = make_float2(-INFINITY_F, 0);
-  }
-  __device__ __forceinline__ int token(int e) const { return (from + e) * 8 + g; }
-  __device__ __forceinline__ bool has_token(int e) const { return token(e) < p.num_tokens; }
-  // Of the lane's rows in a block: the first one's in its half, and how many of the four there are.
-  struct Four {
-    int row, num;
-  };
-  __device__ __forceinline__ Four four(int block) const {
-    const int slot = block * BLOCK + warp * 16 + t * 4, unit = slot / C::SLOT, in_unit = slot % C::SLOT;
-    const int row = (first + unit) * C::UNIT + in_unit;
-    const bool there = unit < C::MOST && first + unit < end;
-    return {row, there ? min(C::UNIT - in_unit, C::ROWS_OF_HALF - row) : 0};
-  }
-  // Of tokens, which do not change while a step runs.
-  __device__ __forceinline__ void load_tokens() {
-    if constexpr (MODE == QKV)
-#pragma unroll
-      for (int e = 0; e < MINE; ++e) {
-        positions[e] = has_token(e) ? __ldg(p.positions + token(e)) : 0;
-        slots[e] = has_token(e) ? __ldg(p.slots + token(e)) : 0;
-      }
-  }
-  __device__ __forceinline__ void load_rotation(const Four& rows, int e, float4& c, float4& s) const {
-    const bool is_value = rows.num <= 0 || rows.row / (HEAD_DIM / 2) >= HEADS + KV_HEADS;
-    const size_t at = (size_t)positions[e] * (HEAD_DIM / 2) + rows.row % (HEAD_DIM / 2);
-    c = is_value ? make_float4(1, 1, 1, 1) : ldg_f4(p.cos + at);
-    s = is_value ? make_float4(0, 0, 0, 0) : ldg_f4(p.sin + at);
-  }
-  // Some time before the sums of a tile are there.
-  __device__ __forceinline__ void begin(int first_unit, int last_unit) {
-    first = first_unit;
-    end = last_unit;
-#pragma unroll
-    for (int b = 0; b < C::BLOCKS; ++b) {
-      const Four rows = four(b);
-      const float4 none = make_float4(0, 0, 0, 0);
-      if constexpr (ADDS) gamma[b] = p.gamma && rows.num > 0 ? ldg_f4(p.gamma + rows.row) : none;
-#pragma unroll
-      for (int e = 0; e < MINE; ++e) {
-        if constexpr (ADDS) residual[b][e] = has_token(e) && rows.num > 0 ? ldcg_f4(p.h + (size_t)token(e) * HIDDEN + rows.row) : none;
-        if constexpr (LOADS_ROTATIONS) load_rotation(rows, e, cos[b][e], sin[b][e]);
-      }
-    }
-  }
-  // From a lane's sums of wgmma, those of rows g and g + 8 for tokens 2t and 2t + 1 of eight, to rows 4t to 4t + 3 for token g.
-  __device__ __forceinline__ void turn(const float* from_wgmma, float (&v)[4]) const {
-    __syncwarp();           // what was there before has been read
-#pragma unroll
-    for (int j = 0; j < 4; ++j) turned[(t * 2 + j % 2) * 20 + g + j / 2 * 8] = from_wgmma[j];
-    __syncwarp();
-    const float4 r = *reinterpret_cast<const float4*>(turned + g * 20 + t * 4);
-    v[0] = r.x, v[1] = r.y, v[2] = r.z, v[3] = r.w;
-  }
-  __device__ __forceinline__ static void store_four(u16* to, const float (&v)[4]) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack2(v[0], v[1]), pack2(v[2], v[3]));
-  }
-  // Of a block and the e-th eight of the tokens: `a`, `c`: the lane's sums of the first half and of the other.
-  __device__ __forceinline__ void store(const float* a, const float* c, int b, int e, const float* scales) {
-    const Four rows = four(b);
-    float v[4], w[4] = {};
-    turn(a, v);
-    if (C::HALVES == 2) turn(c, w);
-    if (rows.num <= 0 || !has_token(e)) return;
-    if (MODE == QKV || MODE == GATE_UP)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] *= scales[token(e)], w[j] *= scales[token(e)];
-    if constexpr (MODE == QKV) {
-      const int head = rows.row / (HEAD_DIM / 2), d = rows.row % (HEAD_DIM / 2);
-      if (ATTENTION_BIAS)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          v[j] += __ldg(p.bias + head * HEAD_DIM + d + j);
-          w[j] += __ldg(p.bias + head * HEAD_DIM + d + HEAD_DIM / 2 + j);
-        }
-      float4 c4, s4;
-      if constexpr (LOADS_ROTATIONS) c4 = cos[b][e], s4 = sin[b][e];
-      else load_rotation(rows, e, c4, s4);
-      const float cosines[4] = {c4.x, c4.y, c4.z, c4.w}, sines[4] = {s4.x, s4.y, s4.z, s4.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 r = rotated(v[j], w[j], make_float2(cosines[j], sines[j]));
-        v[j] = head < HEADS ? r.x : clipped(r.x);
-        w[j] = head < HEADS ? r.y : clipped(r.y);
-      }
-      u16* to = (head < HEADS ? p.q + (size_t)token(e) * Q_SIZE + head * HEAD_DIM : cache_place(p.keys, p.values, head, slots[e])) + d;
-      store_four(to, v);
-      store_four(to + HEAD_DIM / 2, w);
-    } else if constexpr (ADDS) {
-      const float before[4] = {residual[b][e].x, residual[b][e].y, residual[b][e].z, residual[b][e].w};
-      const float by[4] = {gamma[b].x, gamma[b].y, gamma[b].z, gamma[b].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (MODE == OUT ? ATTENTION_BIAS : MLP_BIAS) v[j] += __ldg(p.bias + rows.row + j);
-        v[j] += before[j];
-        squares[e] += v[j] * v[j];
-        w[j] = clipped(v[j] * by[j] * SCALE);
-      }
-      const size_t at = (size_t)token(e) * HIDDEN + rows.row;
-      __stcg(reinterpret_cast<float4*>(p.h + at), make_float4(v[0], v[1], v[2], v[3]));
-      if (p.gamma) store_four(p.next + at, w);
-    } else if constexpr (MODE == GATE_UP) {
-      u32* to = reinterpret_cast<u32*>(p.y + (size_t)token(e) * FFN + rows.row);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (MLP_BIAS && j < rows.num) v[j] += __ldg(p.bias + rows.row + j), w[j] += __ldg(p.bias + FFN + rows.row + j);
-        v[j] = fast_silu(v[j]) * w[j];
-      }
-      to[0] = pack2(v[0], v[1]);
-      if (rows.num > 2) to[1] = pack2(v[2], v[3]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j >= rows.num) break;
-        p.logits[(size_t)token(e) * VOCAB + rows.row + j] = v[j];
-        if (v[j] > best[e].x) best[e] = make_float2(v[j], __int_as_float(rows.row + j));
-      }
-    }
-  }
-  // What the CTA has of each token over all its rows, in a fixed order. `words`: [COMPUTE][TOKENS] of float2 or float.
-  __device__ __forceinline__ void finish(float* words, int rank) {
-    if constexpr (ADDS || MODE == HEAD) {
-      float2* pairs = reinterpret_cast<float2*>(words);
-#pragma unroll
-      for (int e = 0; e < MINE; ++e) {
-        const int at = warp * TOKENS + token(e);
-        if constexpr (MODE == HEAD) {
-          const float2 v = better_of_lanes(best[e], 1, 4);
-          if (t == 0) pairs[at] = v;
-        } else {
-          float v = squares[e];
-          v += __shfl_xor_sync(~0u, v, 1);
-          v += __shfl_xor_sync(~0u, v, 2);
-          if (t == 0) words[at] = v;
-        }
-      }
-      named_barrier(1, COMPUTE * 32);
-      const int token = threadIdx.x;
-      if (token >= TOKENS) return;
-      const bool is_mine = MINE == EIGHTS || token / 8 / MINE == rank;
-      if constexpr (MODE == HEAD) {
-        float2 mine = pairs[token];
-        for (int w = 1; w < COMPUTE; ++w)
-          if (is_better(pairs[w * TOKENS + token], mine)) mine = pairs[w * TOKENS + token];
-        p.best[blockIdx.x * TOKENS + token] = mine;
-      } else {
-        float sum = 0;
-        for (int w = 0; is_mine && w < COMPUTE; ++w) sum += words[w * TOKENS + token];
-        p.new_sums[token * gridDim.x + blockIdx.x] = sum;
-      }
-    }
-  }
-};
+#include "wide_finish.cuh"
 
 // A lane's sums of half of the tokens, from eight FIRST on, and where the cluster exchanges them: call(four sums, address).
 template <class C, int FIRST, class Call>
@@ -229,29 +34,80 @@ __device__ __forceinline__ void exchange(float (&d)[C::HALVES][C::BLOCKS][TOKENS
       for (int e = 0; e < C::MINE; ++e) call(d[half][b] + 4 * (FIRST + e), place + ((half * C::BLOCKS + b) * C::MINE + e) * (C::SENDERS * 16));
 }
 
-template <int MODE, int K>
-__device__ __forceinline__ void run(const Args& p, const TensorMap& weights, const TensorMap& input) {
-  using C = Cut<MODE, K>;
-  constexpr bool SCALED = MODE == QKV || MODE == GATE_UP;
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const Place<C, COMPUTE> here(shared_memory());
-  float* turned = here.behind;                         // [COMPUTE][TURNED]
-  float* words = turned + COMPUTE * TURNED;            // [COMPUTE][TOKENS] pairs
-  float* scales = words + COMPUTE * 2 * TOKENS;
-  here.start();
-  if (warp >= COMPUTE) return here.template assist<K, SCALED>(p, weights, input, scales);
+// By COMPUTE warps, of a warpgroup: the products of chunks as they come through the ring, and what follows them.
+template <class Room>
+struct Products {
+  const Room& room;
+  const Args& p;
+  const int tid, warp, lane;
+  Turn<Room::STAGES> turn;
+  u32 num_exchanged = 0, num_scaled = 0;      // tiles, norms
+  u64 before = 0;           // of the first thread: signals in its first product, of which a part of the first meeting's
+  u32 num_met = 0;
+  __device__ __forceinline__ Products(const Room& room_, const Args& args)
+      : room(room_), p(args), tid(threadIdx.x), warp(tid / 32), lane(tid % 32) {
+    room.join();
+  }
 
-  Finish<MODE, K> finish(p, turned, warp, lane, here.rank);
-  finish.load_tokens();
-  grid_wait();
-  const bool finishes = C::CLUSTER == 1 || C::MINE < EIGHTS || warp / 2 == here.rank, sends = C::CLUSTER == 2 && (C::MINE < EIGHTS || warp / 2 != here.rank);
-  Turn<C::STAGES> turn;
-  u32 parity = 0;
-  if (C::CLUSTER == 2) cluster_wait();      // the other CTA's barriers are there
-  for (int unit = here.first_unit; unit < here.last_unit; unit += C::MOST) {
-    if (finishes) finish.begin(unit, min(unit + C::MOST, here.last_unit));
-    float d[C::HALVES][C::BLOCKS][TOKENS / 2];
-    here.multiply(turn, lane, [&](u32 stage, int chunk) {
+  template <class C>
+  __device__ __forceinline__ void of() {
+    const C cut(room.rank);
+    const bool is_last = !(p.parts >> C::MODE + 1);
+    const bool finishes = C::CLUSTER == 1 || C::MINE < EIGHTS || warp / 2 == room.rank;
+    const bool sends = C::CLUSTER == 2 && (C::MINE < EIGHTS || warp / 2 != room.rank);
+    Finish<C> finish(p, room.turned, warp, lane, room.rank);
+    finish.load_tokens();
+    grid_wait();
+    if (tid == 0 && !is_last && !num_met) before = signals_before(p.meetings);
+    // What the other CTA sent before has been read.
+    auto invite = [&]() {
+      if (C::CLUSTER == 1 || !finishes || tid % C::SENDERS) return;
+      mbar_expect(room.received, C::RECEIVED);
+      arrive_remotely(remote(room.invited, room.peer));
+    };
+    if (cut.first_unit < cut.last_unit) invite();
+    for (int unit = cut.first_unit; unit < cut.last_unit; unit += C::MOST) {
+      if (finishes) finish.begin(unit, min(unit + C::MOST, cut.last_unit));
+      float d[C::HALVES][C::BLOCKS][TOKENS / 2];
+      multiply<C>(cut.num_chunks, d);
+      if (C::IS_SCALED && unit == cut.first_unit) mbar_wait(room.scaled, num_scaled & 1);
+      if constexpr (C::CLUSTER == 2) {
+        add_up<C>(d, finishes, sends);
+        if (finishes && unit + C::MOST < cut.last_unit) {
+          named_barrier(2, C::SENDERS);
+          invite();
+        }
+      }
+      auto store = [&](int first) {
+#pragma unroll
+        for (int b = 0; b < C::BLOCKS; ++b)
+#pragma unroll
+          for (int e = 0; e < C::MINE; ++e) finish.store(d[0][b] + 4 * (first + e), d[C::HALVES - 1][b] + 4 * (first + e), b, e, room.scales);
+      };
+      if (C::MINE < EIGHTS && room.rank) store(EIGHTS - C::MINE);
+      else if (finishes) store(0);
+    }
+    // A CTA without a tile signals no sooner than others can.
+    if (cut.first_unit == cut.last_unit) mbar_wait(C::IS_SCALED ? room.scaled : room.begun, (C::IS_SCALED ? num_scaled : num_met) & 1);
+    num_scaled += C::IS_SCALED;
+    finish.finish(room.words, room.rank);
+    if (tid == 0) STAMP(C::MODE * 8 + 4);
+    if (!is_last) meet();
+    if (tid == 0) STAMP(C::MODE * 8 + 5);
+  }
+
+  // A tile's sums.
+  template <class C>
+  __device__ __forceinline__ void multiply(int num_chunks, float (&d)[C::HALVES][C::BLOCKS][TOKENS / 2]) {
+    int before = 0;
+    auto release = [&]() {
+      if (lane == 0) mbar_arrive(room.empty + before * 8);
+    };
+    for (int chunk = 0; chunk < num_chunks; ++chunk, turn.next()) {
+      mbar_wait(room.full + turn.at * 8, turn.parity);
+      if (tid == 0 && chunk == 0) STAMP(C::MODE * 8 + 2);
+      wgmma_fence();
+      const u32 stage = room.data + turn.at * Room::SLOT;
       const u64 x = matrix(stage), w = matrix(stage + C::INPUT, C::ALTERNATES ? 2048 : 1024);
 #pragma unroll
       for (int k = 0; k < COLUMNS / 16; ++k)
@@ -260,56 +116,114 @@ __device__ __forceinline__ void run(const Args& p, const TensorMap& weights, con
 #pragma unroll
           for (int b = 0; b < C::BLOCKS; ++b)
             wgmma<TOKENS>(d[half][b], w + (half * C::OTHER + b * BLOCK * (C::ALTERNATES ? 2 : 1) * ROW_BYTES) / 16 + 2 * k, x + 2 * k, k ? 1 : chunk);
-    });
-    if (SCALED) mbar_wait(here.scaled, 0);
-    if constexpr (C::CLUSTER == 2) {
-      const u32 place = here.sums + (tid % C::SENDERS) * 16;
-      auto give = [&](float* v, u32 to) { send(remote(to, here.peer), make_float4(v[0], v[1], v[2], v[3]), remote(here.received, here.peer)); };
-      auto take = [&](float* v, u32 from) {
-        const uint4 other = lds128(from);
-        v[0] += __uint_as_float(other.x);
-        v[1] += __uint_as_float(other.y);
-        v[2] += __uint_as_float(other.z);
-        v[3] += __uint_as_float(other.w);
-      };
-      if (sends) {
-        if (unit > here.first_unit) mbar_wait(here.taken, parity ^ 1);
-        if (C::MINE == EIGHTS || here.rank) exchange<C, 0>(d, place, give);
-        else exchange<C, EIGHTS - C::MINE>(d, place, give);
+      wgmma_commit();
+      if (chunk) {          // the products before have ended
+        wgmma_wait<1>();
+        release();
       }
-      if (finishes) {
-        mbar_wait(here.received, parity);
-        if (C::MINE == EIGHTS || !here.rank) exchange<C, 0>(d, place, take);
-        else exchange<C, EIGHTS - C::MINE>(d, place, take);
-        if (unit + C::MOST < here.last_unit) {   // what was received has been read
-          named_barrier(2, C::SENDERS);
-          if (tid % C::SENDERS == 0) {
-            mbar_expect(here.received, C::RECEIVED);     // before the other CTA is told that it may send the next
-            arrive_remotely(remote(here.taken, here.peer));
-          }
-        }
-      }
-      parity ^= 1;
+      before = turn.at;
     }
-    auto store = [&](int first) {
-#pragma unroll
-      for (int b = 0; b < C::BLOCKS; ++b)
-#pragma unroll
-        for (int e = 0; e < C::MINE; ++e) finish.store(d[0][b] + 4 * (first + e), d[C::HALVES - 1][b] + 4 * (first + e), b, e, scales);
-    };
-    if (C::MINE < EIGHTS && here.rank) store(EIGHTS - C::MINE);
-    else if (finishes) store(0);
+    wgmma_wait<0>();
+    release();
+    if (tid == 0) STAMP(C::MODE * 8 + 3);
   }
-  finish.finish(words, here.rank);
-  if (MODE == HEAD && blockIdx.x == 0 && tid == 0) ++*p.epoch;      // all kernels that read it in this step have ended
-  // No CTA ends before the other has sent what it sends: whoever finishes a tile has received it.
+  // The sums of what this CTA finishes, of all columns.
+  template <class C>
+  __device__ __forceinline__ void add_up(float (&d)[C::HALVES][C::BLOCKS][TOKENS / 2], bool finishes, bool sends) {
+    const u32 place = room.sums + (tid % C::SENDERS) * 16, parity = num_exchanged++ & 1;
+    auto give = [&](float* v, u32 to) { send(remote(to, room.peer), make_float4(v[0], v[1], v[2], v[3]), remote(room.received, room.peer)); };
+    auto take = [&](float* v, u32 from) {
+      const uint4 other = lds128(from);
+      v[0] += __uint_as_float(other.x);
+      v[1] += __uint_as_float(other.y);
+      v[2] += __uint_as_float(other.z);
+      v[3] += __uint_as_float(other.w);
+    };
+    if (sends) {
+      mbar_wait(room.invited, parity);
+      if (C::MINE == EIGHTS || room.rank) exchange<C, 0>(d, place, give);
+      else exchange<C, EIGHTS - C::MINE>(d, place, give);
+    }
+    if (finishes) {
+      mbar_wait(room.received, parity);
+      if (C::MINE == EIGHTS || !room.rank) exchange<C, 0>(d, place, take);
+      else exchange<C, EIGHTS - C::MINE>(d, place, take);
+    }
+  }
+  // This CTA's results are there: so it tells all others, and whoever copies here.
+  __device__ __forceinline__ void meet() {
+    named_barrier(1, COMPUTE * 32);
+    ++num_met;
+    if (tid) return;
+    signal(p.meetings);
+    *room.target = (before / gridDim.x + num_met) * gridDim.x;
+    mbar_arrive(room.met);
+  }
+};
+
+#define KERNEL(name, registers) extern "C" __global__ __cluster_dims__(CLUSTER_##name, 1, 1) __maxnreg__(registers) void name
+
+using OutCut = Cut<OUT, Q_SIZE>;
+using GateUpCut = Cut<GATE_UP, HIDDEN>;
+using DownCut = Cut<DOWN, FFN>;
+using QkvCut = Cut<QKV, HIDDEN>;
+using HeadCut = Cut<HEAD, HIDDEN>;
+static_assert(OutCut::UNIT == DownCut::UNIT && OutCut::MOST == DownCut::MOST && OutCut::CLUSTER == DownCut::CLUSTER,
+              "what a thread has added to the residual behind attention it reads again");
+
+__device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
+#define LARGEST(name) largest(largest(OutCut::name, GateUpCut::name), largest(DownCut::name, QkvCut::name))
+using LayerRoom = Room<STAGES_layer, LARGEST(STAGE), LARGEST(BEYOND), LARGEST(RECEIVED), SHARED_layer, CLUSTER_layer>;
+using HeadRoom = Room<STAGES_head, HeadCut::STAGE, HeadCut::BEYOND, 0, SHARED_head, CLUSTER_head>;
+
+// Products in a row: of OUT, GATE_UP, DOWN and the next layer's QKV any that follow each other.
+KERNEL(layer, REGISTERS_BESIDE)(
+    const __grid_constant__ TensorMap out_weights, const __grid_constant__ TensorMap gate_up_weights, const __grid_constant__ TensorMap down_weights,
+    const __grid_constant__ TensorMap qkv_weights, const __grid_constant__ TensorMap attended, const __grid_constant__ TensorMap next_input,
+    const __grid_constant__ TensorMap act, const float* out_bias, const float* gate_up_bias, const float* down_bias, const float* qkv_bias,
+    const float* out_gamma, const float* down_gamma, float* h, u16* next, float* sums, u16* y, const float* cos, const float* sin,
+    const int* positions, const int* slots, u16* q, u16* keys, u16* values, u64* meetings, int* error, int parts, int is_finished, int num_tokens) {
+  Args p{};
+  p.parts = parts; p.num_tokens = num_tokens; p.is_finished = is_finished;
+  p.bias[OUT] = out_bias; p.bias[GATE_UP] = gate_up_bias; p.bias[DOWN] = down_bias; p.bias[QKV] = qkv_bias;
+  p.gamma[OUT] = out_gamma; p.gamma[DOWN] = down_gamma;
+  p.h = h; p.next = next; p.sums = sums; p.y = y; p.cos = cos; p.sin = sin; p.positions = positions; p.slots = slots; p.q = q;
+  p.keys = keys; p.values = values; p.meetings = meetings; p.error = error;
+  const LayerRoom room(shared_memory());
+  room.start();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp < COMPUTE) {
+    Products<LayerRoom> products(room, p);
+    if (parts & 1 << OUT) products.of<OutCut>();
+    if (parts & 1 << GATE_UP) products.of<GateUpCut>();
+    if (parts & 1 << DOWN) products.of<DownCut>();
+    if (parts & 1 << QKV) products.of<QkvCut>();
+    return;                 // no CTA ends before the other has sent what it sends: whoever finishes a tile has received it
+  }
+  if (warp > COMPUTE) {
+    Scales<LayerRoom> scales(room, p);
+    if (parts & 1 << GATE_UP) scales.of<GateUpCut>(warp - COMPUTE - 1, lane);
+    if (parts & 1 << QKV) scales.of<QkvCut>(warp - COMPUTE - 1, lane);
+  } else if (lane == 0) {
+    Copies<LayerRoom> copies(room, p);
+    if (parts & 1 << OUT) copies.of<OutCut>(out_weights, attended);
+    if (parts & 1 << GATE_UP) copies.of<GateUpCut>(gate_up_weights, next_input);
+    if (parts & 1 << DOWN) copies.of<DownCut>(down_weights, act);
+    if (parts & 1 << QKV) copies.of<QkvCut>(qkv_weights, next_input);
+  }
+  __syncwarp();
+  room.join();
 }
 
-constexpr int MOST_REGISTERS = 255;                 // of a thread, where attention is not beside it
-#include "wide_kernels.cuh"
-
-KERNEL(head, 255)(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, float* logits, float2* best, int* epoch, int num_tokens) {
+KERNEL(head, 255)(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap input, float* logits, float2* best, int* epoch, int num_tokens) {
   Args p{};
-  p.num_tokens = num_tokens; p.logits = logits; p.best = best; p.epoch = epoch;
-  run<HEAD, HIDDEN>(p, w, x);
+  p.parts = 1 << HEAD; p.num_tokens = num_tokens; p.logits = logits; p.best = best; p.epoch = epoch;
+  const HeadRoom room(shared_memory());
+  room.start();
+  if (threadIdx.x < COMPUTE * 32) {
+    Products<HeadRoom>(room, p).of<HeadCut>();
+    if (blockIdx.x == 0 && threadIdx.x == 0) ++*epoch;      // all kernels that read it in this step have ended
+  } else if (threadIdx.x == COMPUTE * 32) {
+    Copies<HeadRoom>(room, p).of<HeadCut>(weights, input);
+  }
 }
