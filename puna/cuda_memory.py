@@ -55,7 +55,8 @@ def product_splits(config: EngineConfig) -> tuple[int, int]:
 
 
 def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
-    """dtype and shape of each array, by name; takes precedence over what all devices have."""
+    """dtype and shape of each array, by name; takes precedence over what all devices have.
+    `zeros_N` stays as it begins."""
     spec, mapping, limits = config.spec, config.mapping(rank), config.limits
     dtype = DTYPES[config.dtype]
     num_tokens, num_seqs = limits.max_num_tokens, limits.max_batch_size
@@ -76,6 +77,7 @@ def cuda_specs(config: EngineConfig, rank: int) -> dict[str, ArraySpec]:
         "qkv_TX": (dtype, (num_tokens, qkv_rows)),
         "attended_TQ": (dtype, (num_tokens, q_size)),
         "gate_up_TX": (dtype, (num_tokens, 2 * padded_rows(ffn))),
+        "zeros_N": (dtype, (max(qkv_rows, 2 * padded_rows(ffn), spec.hidden_size),)),
         "product_parts": (FLOAT32, (PART_ROWS * largest,)),
         "attn_part_SBHE": (FLOAT32, (num_seqs, MAX_PARTS, num_heads, spec.head_dim)),
         "attn_scale_SBH2": (FLOAT32, (num_seqs, MAX_PARTS, num_heads, 2)),

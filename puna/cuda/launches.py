@@ -11,21 +11,28 @@ from functools import partial
 
 import torch
 
+from puna.cuda.choices import Choices
 from puna.cuda.interfaces import FusedOps, Grid, Kernels, Recorder, Tensor
 from puna.ops import Program
 
 
 class Launches:
-    """`fused`: operations that may hold launches back. `overlaps`: a kernel may start before the
-    one in front of it has ended, where that is one of puna's."""
+    """`fused`: operations that may hold launches back. `zeros_N`: as many as any product has
+    columns, in its dtype."""
 
     def __init__(
-        self, kernels: Kernels, recorder: Recorder, fused: tuple[FusedOps, ...], overlaps: bool
+        self,
+        kernels: Kernels,
+        recorder: Recorder,
+        choices: Choices,
+        fused: tuple[FusedOps, ...],
+        zeros_N: Tensor,
     ) -> None:
         self._kernels = kernels
         self._recorder = recorder
+        self._choices = choices
         self._fused = fused
-        self._may_overlap = overlaps
+        self._zeros_N = zeros_N
         self._state = "idle"
         self._is_behind_a_kernel = False  # of puna's own
         self._known_products: set[tuple[int, int, int]] = set()
@@ -50,7 +57,7 @@ class Launches:
         """Launch a kernel of puna's, given whether it may overlap the one in front."""
         if self._is_recording():
             self._finish_fused()
-            launch(self._may_overlap and self._is_behind_a_kernel)
+            launch(self._choices.overlaps and self._is_behind_a_kernel)
             self._is_behind_a_kernel = True
 
     def fused(self, call: Callable[[], None]) -> None:
@@ -65,7 +72,11 @@ class Launches:
         key = (num_tokens, num_rows, num_cols)
         if self._is_recording() or key not in self._known_products:
             self._finish_fused()
-            torch.mm(x_TK, w_NK[:num_rows, :num_cols].T, out=y_TN)
+            w_KN = w_NK[:num_rows, :num_cols].T
+            if num_tokens <= self._choices.biased_tokens:
+                torch.addmm(self._zeros_N[:num_rows], x_TK, w_KN, out=y_TN)
+            else:
+                torch.mm(x_TK, w_KN, out=y_TN)
             self._known_products.add(key)
             self._is_behind_a_kernel = False
 

@@ -75,7 +75,7 @@ class CudaOps:
         self._kernels = kernels
         self._arrays = arrays
         self._launches = Launches(
-            kernels, recorder, tuple(ops for _, ops in fused), choices.overlaps
+            kernels, recorder, choices, tuple(ops for _, ops in fused), arrays["zeros_N"]
         )
         self._choices = choices
         self._is_deterministic = deterministic

@@ -66,7 +66,7 @@ def arrays_of(config: EngineConfig, device: str) -> dict[str, torch.Tensor]:
     for name, (dtype, shape) in workspace_specs(config, 0, "cuda").items():
         kind = {"float32": torch.float32, "int32": torch.int32, **DTYPES}[dtype.name]
         fill = -1 if kind == torch.int32 else float("nan")
-        fill = 0 if name in ("attend_counts", "fused_epoch", "fused_error") else fill
+        fill = 0 if name in ("attend_counts", "fused_epoch", "fused_error", "zeros_N") else fill
         made[name] = torch.full(shape, fill, dtype=kind, device=device)
     return made
 
@@ -97,7 +97,7 @@ class Bench:
         self.spec, self.dtype, self.device = spec, DTYPES[dtype], device.name
         self.arrays = arrays_of(self.config, device.name)
         direct_tokens = 64 if has_wide(self.config) else DIRECT
-        choices = Choices(direct_tokens, overlaps=overlaps, swiglu_tokens=150)
+        choices = Choices(direct_tokens, biased_tokens=100, overlaps=overlaps, swiglu_tokens=150)
         self.ops = device.make_ops(self.config, self.arrays, choices, deterministic, has_fused)
         self.rng = torch.Generator(self.device).manual_seed(5)
 
