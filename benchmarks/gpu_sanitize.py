@@ -1,7 +1,7 @@
 """Memory errors and races in the GPU's kernels, as compute-sanitizer sees them.
 
     python -m benchmarks.gpu_sanitize [--sanitizer compute-sanitizer] [--tools memcheck racecheck]
-                                      [--batches 0 1 ...] [--out FILE]
+                                      [--batches 0 1 ...] [--limit SECONDS] [--out FILE]
 
 Builds an engine of two layers, wide enough for every kernel of its target, and generates from it
 below each tool, greedily and with a temperature: prompts of few and many tokens, batches of 1 to
@@ -9,13 +9,16 @@ below each tool, greedily and with a temperature: prompts of few and many tokens
 a process for each of those. Of what it
 says those hazards count that are in puna's kernels; it takes the barriers of cuBLAS's (nvjet) for
 races. Prints the reports; with --out they are kept, with machine, versions and commit. `--batches`
-are some of BATCHES, by number. Needs a GPU; over 10 minutes on an H200.
+are some of BATCHES, by number. What takes longer than the limit is ended, which the report says.
+Needs a GPU; memcheck takes a minute on an H200, racecheck half a minute for a batch and more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +40,7 @@ def main() -> int:
     parser.add_argument("--sanitizer", default="compute-sanitizer", metavar="PROGRAM")
     tools = ("memcheck", "racecheck")
     parser.add_argument("--tools", nargs="+", default=tools, choices=(*tools, "synccheck"))
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each process")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the reports as JSON")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # of the process below one
     every = range(len(BATCHES))
@@ -60,24 +64,38 @@ def main() -> int:
             shape = parse_preset(RACECHECK_SHAPE if tool == "racecheck" else SHAPE)
             engine = build(DummyCheckpoint(shape), Path(folder) / tool, config).path
             groups = [[i] for i in args.batches] if tool == "racecheck" else [[*args.batches]]
-            found["tools"][tool] = [checked(args.sanitizer, tool, engine, it) for it in groups]
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+            found["tools"][tool] = []
+            for group in groups:
+                report = checked(args.sanitizer, tool, engine, group, args.limit)
+                found["tools"][tool].append(report)
+                if args.out:
+                    args.out.write_text(json.dumps(found, indent=2) + "\n")
     return int(any(it["status"] for runs in found["tools"].values() for it in runs))
 
 
-def checked(sanitizer: str, tool: str, engine: Path, batches: list[int]) -> dict[str, Any]:
+def checked(
+    sanitizer: str, tool: str, engine: Path, batches: list[int], limit: float | None
+) -> dict[str, Any]:
     """Generate from some of BATCHES below a tool, and print what it says."""
     options = ["--tool", tool, "--error-exitcode", "9"]
     below = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--engine", str(engine), "--batches"]
-    done = subprocess.run(
-        [sanitizer, *options, *below, *map(str, batches)], capture_output=True, text=True
+    run = subprocess.Popen(
+        [sanitizer, *options, *below, *map(str, batches)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    report = done.stdout + done.stderr
+    try:
+        report, _ = run.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)  # Python below it too, which would keep the GPU busy
+        report, _ = run.communicate()
+        report += f"\nended after {limit:g} s\n"
     hazards = [line for line in report.splitlines() if "Race reported between" in line]
     num_ours = sum("nvjet" not in line for line in hazards)
     others_alone = hazards and num_ours == 0 and "generated from" in report
-    status = 0 if others_alone else done.returncode
+    status = 0 if others_alone else run.returncode
     if len(report) > 2 * REPORT_CHARS:
         report = report[:REPORT_CHARS] + "\n...\n" + report[-REPORT_CHARS:]
     which = [BATCHES[i] for i in batches]
