@@ -32,7 +32,8 @@ NARROW = "hidden=2048,layers=1,heads=4,kv_heads=1,head_dim=64,ffn=512,vocab=256"
 NARROWEST = "hidden=512,layers=1,heads=4,kv_heads=1,head_dim=64,ffn=256,vocab=256"
 LIMITS = {"max_seq_len": 4096, "max_batch_size": 64, "max_num_tokens": 2048}
 # Sequences side by side, and tokens of each prompt.
-BATCHES = ((1, 5), (1, 100), (1, 700), (1, 2048), (2, 900), (5, 40), (13, 9), (20, 9), (40, 1))
+BATCHES = ((1, 5), (1, 100), (1, 700), (1, 2048), (2, 900), (5, 40), (13, 9), (20, 9))
+BATCHES += ((40, 1), (40, 30))
 REPORT_CHARS = 3000  # from its beginning, and from its end
 
 

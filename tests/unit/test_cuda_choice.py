@@ -12,6 +12,7 @@ from cuda_configs import BLOCK, cuda_config
 from puna.batch import ForwardBatch
 from puna.cuda.choices import Choices
 from puna.cuda.kernel_table import triton_kernels
+from puna.cuda.launches import Launches
 from puna.cuda.ops import CudaOps
 from puna.cuda_memory import padded_cols, padded_rows
 from puna.engine import EngineConfig
@@ -267,3 +268,18 @@ def test_many_tokens_have_gate_and_up_as_one_kernel() -> None:
     assert kernels.overlapping[kernels.launched.index("swiglu")]
     assert "swiglu" not in launched(99).launched
     assert "swiglu" not in launched(100, deterministic=True).launched
+
+
+@pytest.mark.parametrize(("num_tokens", "is_biased"), [(1, True), (30, True), (31, False)])
+def test_up_to_some_tokens_cublas_is_given_a_bias(num_tokens: int, is_biased: bool) -> None:
+    """Ones in place of the zeros tell; the matrix has rows and columns of padding."""
+    config, random = cuda_config(SPEC), torch.Generator().manual_seed(num_tokens)
+    ones_N = torch.ones(40, dtype=torch.float16)
+    launches = Launches(NamedKernels(config), Once(), Choices(biased_tokens=30), (), ones_N)
+    x_TK = torch.randn((num_tokens, 64), generator=random).half()
+    w_NK = torch.full((48, 128), float("nan"), dtype=torch.float16)
+    w_NK[:33, :64] = torch.randn((33, 64), generator=random).half()
+    y_TN = torch.full((num_tokens, 33), float("nan"), dtype=torch.float16)
+    launches.record(lambda: launches.product(x_TK, w_NK, y_TN))
+    expected_TN = x_TK.float() @ w_NK[:33, :64].float().T + float(is_biased)
+    assert torch.allclose(y_TN.float(), expected_TN, rtol=2e-3, atol=2e-2)
